@@ -1,0 +1,40 @@
+# make demo    a bot on embedded SQLite, end to end
+# make test    all tests, on SQLite and PostgreSQL, and on MariaDB where one answers
+# make chaos   servers are killed and networks cut while processes write; prints figures, 5 minutes
+# make bench   everything that a user would pick instead, side by side; prints figures
+# make lint    ruff, mypy --strict, pyright
+# Everything is installed into .venv; PYTHON names the interpreter it is made with.
+
+PYTHON ?= python3
+VENV ?= .venv
+EXTRA ?= test
+BIN := $(VENV)/bin
+
+.PHONY: demo test chaos bench lint clean
+
+demo: $(VENV)/aiosqlite.installed
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/$(EXTRA).installed
+	$(BIN)/python -m pytest --numprocesses 2 $(TESTS)
+
+chaos: $(VENV)/$(EXTRA).installed
+	$(BIN)/python -m pytest tests/chaos --capture=no
+
+bench: $(VENV)/bench.installed
+	$(BIN)/python -m benchmarks
+
+lint: $(VENV)/dev.installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# The extra of that name, with all that it needs.
+$(VENV)/%.installed: setup.cfg setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

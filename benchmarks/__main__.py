@@ -1,0 +1,126 @@
+"""Runs the benchmark: ``python -m benchmarks --help``."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import platform
+import sys
+from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from .contenders import contenders, running_servers
+from .measure import SMOKE, Run, Scale
+from .plots import draw
+from .report import tables
+from .results import Results
+
+SECTIONS: dict[str, Callable[[Run], Coroutine[Any, Any, None]]] = {
+    "trips": Run.trips,
+    "operations": Run.operations,
+    "bots": Run.bots,
+    "network": Run.network,
+    "rows": Run.rows,
+    "data": Run.data,
+    "memory": Run.memory,
+}
+DOCS = Path(__file__).parent.parent / "docs"
+BEGIN, END = "<!-- figures: written by python -m benchmarks -->\n", "<!-- end of the figures -->\n"
+PACKAGES = ("aiogram", "SQLAlchemy", "asyncpg", "psycopg", "aiosqlite", "asyncmy", "redis")
+
+
+def main() -> None:
+    """Measure, or read the figures of an earlier run, and show them."""
+    options = _options()
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.read:
+        results = Results.load(options.read)
+    else:
+        results = asyncio.run(_measure(options, console))
+    results.save(options.out / "results.json")
+    shown = list(tables(results))
+    for table in shown:
+        table.show(console)
+    (options.out / "tables.md").write_text("\n\n".join(table.markdown() for table in shown) + "\n")
+    files = draw(results, options.out)
+    console.print(f"Written to {options.out}: results.json, tables.md,", *(f.name for f in files))
+    if options.write_docs:
+        _write_docs(results)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--smoke", action="store_true", help="run everything, in seconds")
+    parser.add_argument("--rounds", type=int, help="how many rounds")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument(
+        "--contenders", nargs="+", default=[""], metavar="WORD", help="those whose names have one"
+    )
+    parser.add_argument("--out", type=Path, default=Path("build/benchmarks"), metavar="FOLDER")
+    parser.add_argument("--read", type=Path, metavar="JSON", help="show an earlier run's figures")
+    parser.add_argument("--write-docs", action="store_true", help="put the figures into docs/")
+    return parser.parse_args()
+
+
+async def _measure(options: argparse.Namespace, console: Console) -> Results:
+    scale = SMOKE if options.smoke else Scale()
+    if options.rounds:
+        scale = Scale(**{**vars(scale), "rounds": options.rounds})
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    taking_part = [
+        each for each in contenders() if any(word in each.name for word in options.contenders)
+    ]
+    with Progress(*columns, console=console) as progress, running_servers() as servers:
+        bar = progress.add_task("", total=len(options.only))
+        async with AsyncExitStack() as stack:
+            run = Run(
+                servers,
+                taking_part,
+                scale,
+                lambda what: progress.update(bar, description=what),
+                stack,
+            )
+            for name, section in SECTIONS.items():
+                if name in options.only:
+                    await section(run)
+                    progress.advance(bar)
+                    run.results.environment = _environment(scale)
+                    run.results.save(options.out / "results.json")
+    return run.results
+
+
+def _environment(scale: Scale) -> dict[str, str]:
+    return {
+        "Python": platform.python_version(),
+        "CPUs": str(os.cpu_count()),
+        "load at the end": " ".join(f"{load:.1f}" for load in os.getloadavg()),
+        "rounds": str(scale.rounds),
+        **{name: version(name) for name in PACKAGES},
+    }
+
+
+def _write_docs(results: Results) -> None:
+    page = DOCS / "performance.md"
+    head, _, rest = page.read_text().partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    images = draw(results, DOCS)
+    named = [file.rename(DOCS / f"performance-{file.name}") for file in images]
+    made = ", ".join(f"{name} {value}" for name, value in results.environment.items())
+    parts = [
+        made + ".",
+        *(f"![{file.stem}]({file.name})" for file in named),
+        *(table.markdown() for table in tables(results)),
+    ]
+    page.write_text(f"{head}{BEGIN}\n" + "\n\n".join(parts) + f"\n\n{END}{tail}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""An old shop, and the Telegram bot that it got."""

@@ -1,0 +1,61 @@
+"""The bot's conversations on the shop's own pages, for the support staff."""
+
+from __future__ import annotations
+
+import json
+
+from flask import redirect, render_template_string, url_for
+from flask_admin.contrib.sqla import ModelView
+from werkzeug import Response
+from wtforms import Field, Form, TextAreaField, ValidationError
+
+from .shop.database import SessionLocal, db
+from .shop.web import admin, app
+from .storage import conversation, storage
+
+__all__ = ["app"]  # flask --app legacy_shop.support run
+
+
+def json_object(form: Form, field: Field) -> None:
+    """Refuse what the bot could not read."""
+    try:
+        data = json.loads(field.data)
+    except ValueError as error:
+        raise ValidationError(f"This is no JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ValidationError("This is no JSON object.")
+
+
+class ConversationView(ModelView):
+    can_create = False
+    column_list = ("id", "state", "data")
+    column_searchable_list = ("id", "state")
+    form_columns = ("state", "data")
+    form_overrides = {"data": TextAreaField}  # noqa: RUF012
+    form_args = {"data": {"validators": [json_object]}}  # noqa: RUF012
+
+
+admin.add_view(ConversationView(storage.model, db, name="Conversations"))
+
+PAGE = """<!doctype html>
+<title>User {{ user_id }}</title>
+<h1>User {{ user_id }}</h1>
+<p>State: {{ state }}
+<p>Data: {{ data | tojson }}
+<form method="post"><button>Reset</button></form>
+"""
+
+
+@app.get("/conversations/<int:user_id>")
+def show_conversation(user_id: int) -> str:
+    with SessionLocal() as session:
+        state = storage.operations.get_state(session, conversation(user_id))
+        data = storage.operations.get_data(session, conversation(user_id))
+    return render_template_string(PAGE, user_id=user_id, state=state, data=data)
+
+
+@app.post("/conversations/<int:user_id>")
+def reset_conversation(user_id: int) -> Response:
+    with SessionLocal.begin() as session:
+        storage.operations.clear(session, conversation(user_id))
+    return redirect(url_for("show_conversation", user_id=user_id))

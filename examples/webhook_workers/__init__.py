@@ -1,0 +1,1 @@
+"""A bot on webhooks, in two processes on one database."""

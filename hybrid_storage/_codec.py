@@ -1,0 +1,129 @@
+"""Keys, states and data as the text that the table holds, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from aiogram.exceptions import DataNotDictLikeError
+from aiogram.fsm.state import State
+from aiogram.fsm.storage.base import KeyBuilder, StateType, StorageKey
+
+JsonDumps = Callable[..., str | bytes]
+JsonLoads = Callable[..., Any]
+
+
+class CorruptDataError(ValueError):
+    """A row's data is not the JSON text of an object. The row is left as it is."""
+
+
+class Codec:
+    """Translates with the storage's key builder and JSON functions."""
+
+    def __init__(
+        self, key_builder: KeyBuilder, json_dumps: JsonDumps, json_loads: JsonLoads, table: str
+    ) -> None:
+        self._build = key_builder.build
+        self._dumps = json_dumps
+        self._loads = json_loads
+        self._table = table
+
+    def row(self, key: StorageKey) -> str:
+        """Return the id of a key's row.
+
+        :param key: the conversation's key
+        :raises TypeError: if the key builder returns something that is no text
+        :raises ValueError: if the text has no UTF-8 form
+        """
+        return _text("the key builder's build()", self._build(key))
+
+    def state(self, state: StateType) -> str | None:
+        """Return a state's name, None for no state.
+
+        :param state: a state, its name or None
+        :raises TypeError: if it is none of these
+        :raises ValueError: if the name has no UTF-8 form
+        """
+        name: object = state.state if isinstance(state, State) else state
+        if name is None:
+            return None
+        if not isinstance(name, str):
+            raise TypeError(
+                f"a state is a State, a str or None, not {type(name).__name__}: {name!r}"
+            )
+        return _text("the state", name)
+
+    def dump(self, data: Mapping[str, Any]) -> str:
+        """Return the data's text, an empty one for empty data.
+
+        :param data: the data, as a mapping
+        :raises DataNotDictLikeError: if it is no mapping
+        :raises ValueError: if the text has no UTF-8 form; whatever ``json_dumps`` raises
+        """
+        if not isinstance(data, Mapping):
+            raise DataNotDictLikeError(
+                f"Data must be a dict or dict-like object, got {type(data).__name__}"
+            )
+        if not data:
+            return ""
+        text = self._dumps(data if isinstance(data, dict) else dict(data))
+        if isinstance(text, (bytes, bytearray)):
+            try:
+                text = text.decode()
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"json_dumps() returned bytes that are not UTF-8 ({error}): return str, or "
+                    "bytes in UTF-8"
+                ) from error
+        if text == "":
+            raise ValueError("json_dumps() returned nothing for data that is not empty")
+        return _text("json_dumps()", text)
+
+    def load(self, key: StorageKey, text: str | None) -> dict[str, Any]:
+        """Return the data that a text stands for.
+
+        :param key: the conversation's key, for the error
+        :param text: what the row holds
+        :raises CorruptDataError: if it is not the text of a JSON object
+        """
+        if not text:
+            return {}
+        try:
+            data = self._loads(text)
+        except Exception as error:
+            raise self._corrupt(key, f"json_loads() fails: {error}") from error
+        if not isinstance(data, dict):
+            raise self._corrupt(key, f"it is a JSON {type(data).__name__}, not an object")
+        return data
+
+    def merge(self, key: StorageKey, changes: str) -> Callable[[str | None], str]:
+        """Return the function that applies changes to a stored text, as ``dict.update`` does.
+
+        :param key: the conversation's key, for the error
+        :param changes: the text of the changes
+        """
+
+        def merged(text: str | None) -> str:
+            return self.dump({**self.load(key, text), **self._loads(changes)})
+
+        return merged
+
+    def _corrupt(self, key: StorageKey, why: str) -> CorruptDataError:
+        return CorruptDataError(
+            f"the data of {key} in table {self._table!r} cannot be read, {why}. "
+            "The row is unchanged; set_data() or clear() replaces it"
+        )
+
+
+def _text(source: str, text: object) -> str:
+    if not isinstance(text, str):
+        raise TypeError(f"{source} gave {type(text).__name__}, not text: {text!r:.80}")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{source} gave text with a lone surrogate, which no database stores "
+                f"({error}): remove it, or escape it as json.dumps does"
+            ) from error
+    return text

@@ -1,0 +1,97 @@
+"""Which session factories there are, and what to say of those that will not do."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
+
+from sqlalchemy import URL, Connection, Engine
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import SingletonThreadPool
+
+if TYPE_CHECKING:
+    from ._runners import AnySession
+
+_ASYNC = "an async_sessionmaker"
+_PASS = "pass a sessionmaker or an async_sessionmaker (or a scoped one)"
+
+
+def session_factory(factory: object) -> tuple[Callable[[], AnySession], bool]:
+    """Return the factory to use, and whether it makes asynchronous sessions.
+
+    :param factory: a ``sessionmaker`` or an ``async_sessionmaker``, scoped or not
+    :raises TypeError: if it is anything else, or bound to an engine of the other kind
+    :raises ValueError: if its engine's pool cannot serve several threads
+    """
+    # A scoped session is the session of a thread or a task: the application's, not ours to commit.
+    maker = getattr(factory, "session_factory", factory)
+    made = getattr(maker, "class_", None)
+    if not isinstance(made, type) or not callable(maker):
+        raise TypeError(f"{_description(factory)} is no session factory: {_remedy(factory)}")
+    if issubclass(made, Session):
+        is_async = False
+    elif _is_async_session(made):
+        is_async = True
+    else:
+        raise TypeError(f"{_description(factory)} makes {made.__name__}, no Session: {_PASS}")
+    bind = getattr(maker, "kw", {}).get("bind")
+    if bind is not None:
+        check_bind(getattr(bind, "sync_engine", bind) if is_async else bind, is_async)
+    return cast("Callable[[], AnySession]", maker), is_async
+
+
+def check_bind(bind: object, is_async: bool) -> None:
+    """Refuse what the sessions of a factory cannot work on.
+
+    :param bind: what a session is bound to
+    :param is_async: whether the factory makes ``AsyncSession``
+    :raises TypeError: if the two do not go together
+    :raises ValueError: if the engine's pool cannot serve several threads
+    """
+    if not isinstance(bind, (Engine, Connection)) or bind.dialect.is_async != is_async:
+        made, needs, other = (
+            ("an async_sessionmaker", "create_async_engine()", "a sessionmaker")
+            if is_async
+            else ("a sessionmaker", "create_engine() with a synchronous driver", _ASYNC)
+        )
+        raise TypeError(
+            f"{made} is bound to {_description(bind)}: "
+            f"give it an engine of {needs}, or pass {other}"
+        )
+    if isinstance(bind, Engine) and isinstance(bind.pool, SingletonThreadPool):
+        raise ValueError(
+            "with SingletonThreadPool each thread has a connection of its own, and with SQLite in "
+            "memory an empty database of its own: use a file, pass poolclass=StaticPool and "
+            "connect_args={'check_same_thread': False} to create_engine(), or name the database "
+            "in memory and share it, with poolclass=QueuePool and the URL "
+            "'sqlite:///file:NAME?mode=memory&cache=shared&uri=true&check_same_thread=false'"
+        )
+
+
+def _is_async_session(made: type) -> bool:
+    # Whoever has made such a class has imported this; without greenlet it cannot be imported.
+    asyncio_extension = sys.modules.get("sqlalchemy.ext.asyncio")
+    return asyncio_extension is not None and issubclass(made, asyncio_extension.AsyncSession)
+
+
+def _description(thing: object) -> str:
+    if isinstance(thing, type):
+        return f"the class {thing.__name__}"
+    if isinstance(thing, (str, URL)):
+        return "a URL"
+    dialect = getattr(thing, "dialect", None)
+    driver = f" ({dialect.name}+{dialect.driver})" if dialect is not None else ""
+    return f"{type(thing).__name__}{driver}"
+
+
+def _remedy(thing: object) -> str:
+    if isinstance(thing, (str, URL)):
+        return "use SQLAlchemyStorage.from_url()"
+    kind = type(thing).__name__
+    if kind in ("Engine", "AsyncEngine"):
+        return f"pass {'async_' * kind.startswith('A')}sessionmaker(engine)"
+    made = thing if isinstance(thing, type) else type(thing)
+    if issubclass(made, Session) or _is_async_session(made):
+        return "pass the factory that makes it, a sessionmaker or an async_sessionmaker"
+    return _PASS

@@ -1,0 +1,148 @@
+"""Lets no more calls at a time into a pool than it has connections.
+
+Whoever waits here waits without a thread, without the pool's time-out, and can be cancelled.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, nullcontext
+from typing import TypeAlias
+from weakref import WeakKeyDictionary
+
+from anyio import CapacityLimiter, WouldBlock
+from anyio.lowlevel import RunVar
+from sqlalchemy import Connection, Engine, Pool
+from sqlalchemy.dialects.sqlite.base import SQLiteDialect
+from sqlalchemy.pool import AssertionPool, QueuePool, StaticPool
+
+Bind: TypeAlias = Engine | Connection
+Limiters: TypeAlias = RunVar[WeakKeyDictionary[object, CapacityLimiter]]
+
+_UNLIMITED = 40  # calls at a time on a pool that sets no limit of its own
+
+# Limiters belong to an event loop, and serve all storages on the same pool.
+_calls: Limiters = RunVar("calls")
+_transactions: Limiters = RunVar("transactions")
+_writers: Limiters = RunVar("writers")
+_spares: Limiters = RunVar("spares")
+
+_locks: WeakKeyDictionary[object, threading.Lock] = WeakKeyDictionary()
+_locks_guard = threading.Lock()
+
+
+@asynccontextmanager
+async def turn(bind: Bind, writes: bool, limiter: CapacityLimiter | None) -> AsyncIterator[None]:
+    """Wait until a call may use the database.
+
+    :param bind: the engine, or the connection, that the call will use
+    :param writes: whether the call writes; SQLite takes one writer at a time
+    :param limiter: the limiter to use in place of the pool's
+    """
+    async with AsyncExitStack() as held:
+        if writes and isinstance(bind.dialect, SQLiteDialect):
+            # Writers would otherwise sleep in SQLite's busy handler, which wakes up far too late.
+            await _acquire(_limiter(_writers, bind, 1), held)
+        if limiter is not None:
+            await _acquire(limiter, held)
+        if limiter is None or _is_shared(bind):
+            await _acquire(_limiter(_calls, bind, capacity(bind)), held)
+        yield
+
+
+@asynccontextmanager
+async def long_turn(bind: Bind) -> AsyncIterator[None]:
+    """Wait until there is a connection to hold for the time of a handler.
+
+    :param bind: the engine, or the connection, to hold one of
+    """
+    async with AsyncExitStack() as held:
+        # Calls outside the transaction must go on meanwhile, unless they share its connection.
+        limiters = _calls if _is_shared(bind) else _transactions
+        await _acquire(_limiter(limiters, bind, capacity(bind)), held)
+        yield
+
+
+@asynccontextmanager
+async def spare_turn(bind: Bind) -> AsyncIterator[None]:
+    """Wait until a call may use a connection beyond those of the pool.
+
+    :param bind: the engine whose pool is exhausted
+    """
+    async with AsyncExitStack() as held:
+        await _acquire(_limiter(_spares, bind, 1), held)
+        yield
+
+
+def alone(bind: Bind) -> AbstractContextManager[object]:
+    """Keep other threads off a connection that all threads share.
+
+    :param bind: the engine, or the connection, that the call will use
+    :return: a context manager to hold while using it
+    """
+    if bind.dialect.is_async or not _is_shared(bind):
+        return nullcontext()
+    with _locks_guard:
+        return _locks.setdefault(_resource(bind), threading.Lock())
+
+
+def capacity(bind: Bind) -> int:
+    """Return how many connections a bind can give at a time.
+
+    :param bind: an engine or a connection
+    """
+    if _is_shared(bind):
+        return 1
+    limit = _limit(bind)
+    return _UNLIMITED if limit is None else limit
+
+
+def _limit(bind: Bind) -> int | None:
+    # pool_size=0 and max_overflow=-1 are SQLAlchemy's ways to set no limit.
+    pool = bind.engine.pool
+    if not isinstance(pool, QueuePool) or pool.size() == 0 or pool._max_overflow < 0:
+        return None
+    return pool.size() + pool._max_overflow
+
+
+def is_exhausted(bind: Bind) -> bool:
+    """Tell whether all connections of a pool are in use.
+
+    :param bind: an engine or a connection
+    """
+    if isinstance(bind, Connection):
+        return False
+    limit = _limit(bind)
+    return (
+        limit is not None and isinstance(bind.pool, QueuePool) and (bind.pool.checkedout() >= limit)
+    )
+
+
+def _is_shared(bind: Bind) -> bool:
+    return isinstance(bind, Connection) or isinstance(bind.pool, (StaticPool, AssertionPool))
+
+
+def _resource(bind: Bind) -> Pool | Connection:
+    return bind if isinstance(bind, Connection) else bind.pool
+
+
+def _limiter(limiters: Limiters, bind: Bind, tokens: int) -> CapacityLimiter:
+    here = limiters.get(None)
+    if here is None:
+        here = WeakKeyDictionary()
+        limiters.set(here)
+    resource = _resource(bind)
+    limiter = here.get(resource)
+    if limiter is None:
+        limiter = here[resource] = CapacityLimiter(tokens)
+    return limiter
+
+
+async def _acquire(limiter: CapacityLimiter, held: AsyncExitStack) -> None:
+    borrower = object()  # not the task: it may hold a token of the application's limiter already
+    try:
+        limiter.acquire_on_behalf_of_nowait(borrower)
+    except WouldBlock:
+        await limiter.acquire_on_behalf_of(borrower)
+    held.callback(limiter.release_on_behalf_of, borrower)

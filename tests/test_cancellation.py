@@ -1,0 +1,419 @@
+"""What a cancellation does: what has begun is finished first, what has not never begins."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+import sys
+import threading
+import uuid
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import anyio
+import pytest
+from aiogram.fsm.storage.base import StorageKey
+from anyio import CancelScope, CapacityLimiter
+from anyio.lowlevel import checkpoint
+from blocking import PATIENCE, give_way, locked, statements, until
+from conftest import Open, drop_table
+from sqlalchemy import URL, Engine, event
+from sqlalchemy.pool import NullPool
+from sqlalchemy.util import await_only
+from ways import WAYS, Way
+
+from hybrid_storage import SQLAlchemyStorage
+
+Call = Callable[[], Coroutine[Any, Any, object]]
+How = Callable[[Call, asyncio.Event], Awaitable[None]]
+
+
+# The ways to cancel a call as soon as an event is set, each of which checks what its caller sees.
+
+
+async def cancel(call: Call, now: asyncio.Event) -> None:
+    task = asyncio.create_task(call())
+    await now.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def cancel_thrice(call: Call, now: asyncio.Event) -> None:
+    task = asyncio.create_task(call())
+    await now.wait()
+    task.cancel()
+    task.cancel()
+    await checkpoint()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def wait_for(call: Call, now: asyncio.Event) -> None:
+    task = asyncio.create_task(call())
+    await now.wait()
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(task, 0)
+
+
+async def in_scope(call: Call, scope: CancelScope) -> None:
+    with scope:
+        await call()
+        # As anyio has it: a call that is shielded returns, and the next one is cancelled.
+        await checkpoint()
+        pytest.fail("the cancellation went lost")
+    assert scope.cancelled_caught
+
+
+async def cancel_scope(call: Call, now: asyncio.Event) -> None:
+    scope = CancelScope()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(in_scope, call, scope)
+        await now.wait()
+        scope.cancel()
+
+
+async def move_on_after(call: Call, now: asyncio.Event) -> None:
+    scope = anyio.move_on_after(PATIENCE)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(in_scope, call, scope)
+        await now.wait()
+        scope.deadline = anyio.current_time()
+
+
+async def cancel_scope_and_task(call: Call, now: asyncio.Event) -> None:
+    scope = CancelScope()
+
+    async def work() -> None:
+        with scope:
+            await call()
+            await checkpoint()
+
+    task = asyncio.create_task(work())
+    await now.wait()
+    scope.cancel()
+    await checkpoint()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+HOW: list[How] = [cancel, cancel_thrice, wait_for, cancel_scope, move_on_after]
+
+
+def name_of(how: How) -> str:
+    return str(getattr(how, "__name__", how))
+
+
+# What has begun
+
+
+@pytest.mark.parametrize("how", [*HOW, cancel_scope_and_task], ids=name_of)
+async def test_a_write_that_has_begun_is_finished_before_the_cancellation_goes_on(
+    way: Way, how: How, storage: SQLAlchemyStorage, url_of: Callable[[Way], URL], key: StorageKey
+) -> None:
+    await storage.set_data(key, {"name": "Ada"})
+    now = asyncio.Event()
+    with locked(way, url_of(way), storage, key) as lock:
+        caller = asyncio.ensure_future(how(lambda: storage.update_data(key, {"age": 36}), now))
+        await lock.is_waited_for()
+        now.set()
+        await give_way()
+        assert not caller.done()
+        lock.release()
+        await caller
+    assert await storage.get_data(key) == {"name": "Ada", "age": 36}
+
+
+@pytest.mark.parametrize("how", [cancel, wait_for], ids=name_of)
+async def test_an_error_after_the_cancellation_is_not_logged_as_never_retrieved(
+    way: Way,
+    how: How,
+    storage: SQLAlchemyStorage,
+    url_of: Callable[[Way], URL],
+    key: StorageKey,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    gc.freeze()  # what is there already need not be searched
+    await storage.set_data(key, {"name": "Ada"})
+    unhandled: list[dict[str, Any]] = []
+    loop = asyncio.get_running_loop()
+    handler = loop.get_exception_handler()
+    loop.set_exception_handler(lambda _, context: unhandled.append(context))
+    now = asyncio.Event()
+    with locked(way, url_of(way), storage, key) as lock:
+        caller = asyncio.ensure_future(how(lambda: storage.update_data(key, {"age": 36}), now))
+        await lock.is_waited_for()
+        now.set()
+        await give_way()
+        lock.write(data="[5]")  # which the update, when it reads on, takes for corrupt
+        lock.release()
+        await caller
+    del caller
+    gc.collect()
+    gc.unfreeze()
+    await give_way()
+    loop.set_exception_handler(handler)
+    assert unhandled == []
+    assert caplog.records == []
+
+
+class Gate:
+    """Stops the statement that carries a marker, until it is opened."""
+
+    def __init__(self, marker: str, is_async: bool) -> None:
+        self.reached = threading.Event()
+        self._marker = marker
+        self._open: Any = asyncio.Event() if is_async else threading.Event()
+        self._is_async = is_async
+
+    def open(self) -> None:
+        self._open.set()
+
+    def stop(self, _: object, cursor: object, statement: str, parameters: object, *__: Any) -> None:
+        if self._marker in str(parameters):
+            self.reached.set()
+            if self._is_async:
+                await_only(self._open.wait())
+            else:
+                assert self._open.wait(PATIENCE)
+
+
+@contextmanager
+def gate(marker: str, is_async: bool) -> Iterator[Gate]:
+    closed = Gate(marker, is_async)
+    event.listen(Engine, "before_cursor_execute", closed.stop)
+    try:
+        yield closed
+    finally:
+        closed.open()
+        event.remove(Engine, "before_cursor_execute", closed.stop)
+
+
+async def test_a_cancelled_write_does_not_land_after_a_newer_one(
+    way: Way, storage: SQLAlchemyStorage, key: StorageKey
+) -> None:
+    async def write() -> None:
+        try:
+            await storage.set_state(key, "older")
+        finally:
+            await storage.set_state(key, "newer")
+
+    with gate("older", way.is_async) as closed:
+        task = asyncio.create_task(write())
+        await until(closed.reached.is_set)
+        task.cancel()
+        await give_way()
+        closed.open()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await give_way()
+    assert await storage.get_state(key) == "newer"
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_a_loop_that_ends_leaves_nothing_locked(
+    way: Way, url_of: Callable[[Way], URL], key: StorageKey, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = way.engine(url_of(way), **({"poolclass": NullPool} if way.is_async else {}))
+    storage = SQLAlchemyStorage(way.factory(engine), table_name=f"fsm_{uuid.uuid4().hex}")
+    left_behind: list[asyncio.Task[Any]] = []
+
+    async def main() -> None:
+        await storage.create_table()
+        await storage.set_state(key, "waiting")
+        holding = asyncio.Event()
+
+        async def hold_until_cancelled() -> None:
+            with locked(way, url_of(way), storage, key) as lock:
+                left_behind.append(asyncio.create_task(storage.set_state(key, "written")))
+                await lock.is_waited_for()
+                holding.set()
+                await anyio.sleep_forever()
+
+        left_behind.append(asyncio.create_task(hold_until_cancelled()))
+        await holding.wait()
+
+    async def later() -> str | None:
+        state = await storage.get_state(key)
+        await storage.set_state(key, "later")
+        return state
+
+    asyncio.run(main())
+    assert all(task.cancelled() for task in left_behind)
+    # A thread finishes its work; the end of a loop spares no task, the inner ones neither.
+    assert asyncio.run(later()) in ({"written", "waiting"} if way.is_async else {"written"})
+    asyncio.run(drop_table(storage, engine))
+    assert caplog.records == []
+
+
+if sys.version_info >= (3, 11):
+
+    @pytest.mark.parametrize("expiring", ["inner", "outer", "both"])
+    async def test_a_timeout_that_expires_is_over_when_it_has_been_caught(
+        way: Way,
+        expiring: str,
+        storage: SQLAlchemyStorage,
+        url_of: Callable[[Way], URL],
+        key: StorageKey,
+    ) -> None:
+        await storage.set_state(key, "waiting")
+        this_task = asyncio.current_task()
+        assert this_task is not None
+        caught: list[str] = []
+
+        async def expire() -> None:
+            await lock.is_waited_for()
+            for name, timeout in (("inner", inner), ("outer", outer)):
+                if expiring in (name, "both"):
+                    timeout.reschedule(0)
+                    await give_way()
+            lock.release()
+
+        with locked(way, url_of(way), storage, key) as lock:
+            expirer = asyncio.create_task(expire())
+            try:
+                async with asyncio.timeout(None) as outer:
+                    try:
+                        async with asyncio.timeout(None) as inner:
+                            await storage.set_state(key, "written")
+                    except TimeoutError:
+                        caught.append("inner")
+                    await checkpoint()
+            except TimeoutError:
+                caught.append("outer")
+            await expirer
+        assert caught == ["outer" if expiring == "both" else expiring]
+        assert this_task.cancelling() == 0
+        assert await storage.get_state(key) == "written"
+
+
+# What has not begun
+
+
+@pytest.mark.parametrize("how", HOW, ids=name_of)
+async def test_a_call_that_is_cancelled_before_its_turn_does_nothing(
+    way: Way, how: How, open_storage: Open, key: StorageKey
+) -> None:
+    limiter = CapacityLimiter(1)
+    storage = await open_storage(way, limiter=limiter)
+    another = object()
+    limiter.acquire_on_behalf_of_nowait(another)
+    now = asyncio.Event()
+    with statements(storage.table.name) as seen, anyio.fail_after(PATIENCE):
+        caller = asyncio.ensure_future(how(lambda: storage.set_state(key, "written"), now))
+        await until(lambda: limiter.statistics().tasks_waiting == 1)
+        now.set()
+        await caller
+        assert limiter.statistics().tasks_waiting == 0
+        limiter.release_on_behalf_of(another)
+        await give_way()
+    assert seen == []
+    assert await storage.get_state(key) is None
+    assert limiter.borrowed_tokens == 0
+
+
+async def test_a_call_that_is_cancelled_in_the_queue_for_a_pool_ends_at_once(
+    way: Way, open_storage: Open, url_of: Callable[[Way], URL], key: StorageKey
+) -> None:
+    one = {"pool_size": 1, "max_overflow": 0}
+    storage: SQLAlchemyStorage = await open_storage(way, engine_options=one)
+    await storage.set_state(key, "waiting")
+    async with anyio.create_task_group() as tasks:
+        with locked(way, url_of(way), storage, key) as lock:
+            tasks.start_soon(storage.set_state, key, "first")
+            await lock.is_waited_for()
+            with statements(storage.table.name) as seen:
+                second = asyncio.create_task(storage.set_state(key, "second"))
+                await give_way()
+                second.cancel()
+                with anyio.fail_after(PATIENCE), pytest.raises(asyncio.CancelledError):
+                    await second
+                lock.release()
+                assert [sql for _, sql in seen if "RETURNING" not in sql] == []
+    assert await storage.get_state(key) == "first"
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way.server == "sqlite"], ids=str)
+async def test_a_call_that_is_cancelled_between_two_attempts_makes_no_other(
+    way: Way,
+    open_storage: Open,
+    url_of: Callable[[Way], URL],
+    key: StorageKey,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    impatient = {"connect_args": {"timeout": 0}}
+    storage: SQLAlchemyStorage = await open_storage(way, engine_options=impatient, retry_for=3600)
+    await storage.set_state(key, "waiting")
+    with locked(way, url_of(way), storage, key) as lock:
+        task = asyncio.create_task(storage.set_state(key, "written"))
+        await until(lambda: "trying again" in caplog.text)
+        task.cancel()
+        with anyio.fail_after(PATIENCE), pytest.raises(asyncio.CancelledError):
+            await task
+        lock.release()
+        await give_way()
+    assert await storage.get_state(key) == "waiting"
+
+
+# Many
+
+
+async def test_a_cancellation_at_any_moment_leaves_all_or_nothing(
+    way: Way, open_storage: Open, key: StorageKey
+) -> None:
+    storage = await open_storage(way, engine_options={"poolclass": NullPool})
+    with statements(storage.table.name) as seen:
+        for turns in range(30):
+            before = len(await storage.get_data(key))
+            seen.clear()
+            task = asyncio.create_task(storage.update_data(key, {f"field {turns}": turns}))
+            for _ in range(turns):
+                await checkpoint()
+            task.cancel()
+            result = (await asyncio.gather(task, return_exceptions=True))[0]
+            assert isinstance(result, (dict, asyncio.CancelledError))
+            begun = bool(seen)
+            assert len(await storage.get_data(key)) == before + begun
+
+
+async def test_many_cancellations_leave_the_pool_whole(
+    way: Way, open_storage: Open, key: StorageKey
+) -> None:
+    engines: list[Any] = []
+
+    def wrap(engine: Any) -> Any:
+        engines.append(engine)
+        return way.factory(engine)
+
+    few = {"pool_size": 3, "max_overflow": 0, "pool_timeout": 1}
+    storage = await open_storage(replace(way, wrap=wrap), engine_options=few)
+    chance = random.Random(way.name)
+    calls: list[Call] = [
+        lambda: storage.get_data(key),
+        lambda: storage.set_state(key, "waiting"),
+        lambda: storage.set_state(key, None),
+        lambda: storage.update_data(key, {"name": "Ada"}),
+        lambda: storage.clear(key),
+    ]
+    results: list[object] = []
+    for _ in range(5):
+        tasks = [asyncio.create_task(chance.choice(calls)()) for _ in range(40)]
+        for task in chance.sample(tasks, len(tasks)):
+            await anyio.sleep(chance.choice([0, 0, 0.0005]))
+            task.cancel()
+        results += await asyncio.gather(*tasks, return_exceptions=True)
+    wrong = [
+        result
+        for result in results
+        if isinstance(result, BaseException) and not isinstance(result, asyncio.CancelledError)
+    ]
+    assert wrong == []
+    assert engines[0].pool.checkedout() == 0
+    await storage.clear(key)
+    await asyncio.gather(*(storage.update_data(key, {f"field {n}": n}) for n in range(20)))
+    assert len(await storage.get_data(key)) == 20

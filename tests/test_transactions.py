@@ -1,0 +1,540 @@
+"""The conversation and the application's rows are committed together, or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import sys
+import threading
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from datetime import datetime, timezone
+from typing import Any
+
+import anyio
+import pytest
+from aiogram import Bot, Dispatcher
+from aiogram.dispatcher.event.bases import UNHANDLED, CancelHandler, SkipHandler
+from aiogram.fsm.context import FSMContext
+from aiogram.fsm.storage.base import StorageKey
+from aiogram.types import Chat, ErrorEvent, Message, Update, User
+from conftest import Open, rows
+from sqlalchemy import MetaData, String, event, select
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import (
+    Mapped,
+    Session,
+    declarative_base,
+    mapped_column,
+    scoped_session,
+    sessionmaker,
+)
+from ways import SERVERS, SQLITE, Way
+
+from hybrid_storage import SessionMiddleware, SQLAlchemyStorage
+
+
+class Shop:
+    """A storage, and a table of the application's in the same database."""
+
+    def __init__(self, storage: SQLAlchemyStorage, order: Any) -> None:
+        self.storage = storage
+        self.Order = order
+
+    async def orders(self) -> list[str]:
+        """Return the orders that another session sees."""
+
+        def read(session: Session) -> list[str]:
+            return list(session.scalars(select(self.Order.product).order_by(self.Order.product)))
+
+        result: list[str] = await outside(self.storage.run_sync, read)
+        return result
+
+    async def state(self, key: StorageKey) -> str | None:
+        """Return the state that another session sees."""
+        result: str | None = await outside(self.storage.get_state, key)
+        return result
+
+
+async def outside(function: Callable[..., Awaitable[Any]], *args: Any) -> Any:
+    """Call a function from a task that has nothing of this one's scopes."""
+    call = contextvars.Context().run(asyncio.ensure_future, function(*args))
+    return await call
+
+
+@pytest.fixture
+async def shop(way: Way, open_storage: Open) -> Shop:
+    """Return a storage with a table of the application's beside it, on each way in."""
+    return await open_shop(way, open_storage)
+
+
+async def open_shop(way: Way, open_storage: Open, **options: Any) -> Shop:
+    name = f"order_{uuid.uuid4().hex}"
+    base: Any = declarative_base()
+
+    class Order(base):  # type: ignore[misc]
+        __tablename__ = name
+        product: Mapped[str] = mapped_column(String(50), primary_key=True)
+
+    storage: SQLAlchemyStorage = await open_storage(way, metadata=base, **options)
+    await storage.run_sync(lambda session: base.metadata.create_all(session.connection()))
+    # Dropped with the storage's table.
+    event.listen(
+        storage.table,
+        "after_drop",
+        lambda _, connection, **__: Order.__table__.drop(connection, checkfirst=True),
+    )
+    return Shop(storage, Order)
+
+
+async def test_a_transaction_commits_the_state_and_the_rows_together(
+    shop: Shop, key: StorageKey
+) -> None:
+    async with shop.storage.transaction() as session:
+        session.add(shop.Order(product="tea"))
+        await shop.storage.set_state(key, "paid")
+        await shop.storage.update_data(key, {"product": "tea"})
+        assert await shop.storage.get_state(key) == "paid"
+    assert await shop.orders() == ["tea"]
+    assert await shop.state(key) == "paid"
+    assert await shop.storage.get_data(key) == {"product": "tea"}
+
+
+@pytest.mark.parametrize("way", [way for way in SERVERS if way.server != "sqlite"], ids=str)
+async def test_nobody_outside_sees_anything_before_the_commit(shop: Shop, key: StorageKey) -> None:
+    async with shop.storage.transaction() as session:
+        session.add(shop.Order(product="tea"))
+        await shop.storage.set_state(key, "paid")
+        await shop.storage.run_sync(Session.flush)
+        assert await shop.state(key) is None
+        assert await shop.orders() == []
+    assert await shop.state(key) == "paid"
+
+
+class Refused(Exception):
+    """The payment's failure."""
+
+
+async def test_an_exception_rolls_back_both_and_goes_on_unchanged(
+    shop: Shop, key: StorageKey
+) -> None:
+    await shop.storage.set_state(key, "payment")
+    refused = Refused()
+    with pytest.raises(Refused) as caught:
+        async with shop.storage.transaction() as session:
+            session.add(shop.Order(product="tea"))
+            await shop.storage.set_state(key, "paid")
+            await shop.storage.set_data(key, {"product": "tea"})
+            raise refused
+    assert caught.value is refused
+    assert await shop.orders() == []
+    assert await shop.state(key) == "payment"
+    assert await shop.storage.get_data(key) == {}
+
+
+@pytest.mark.parametrize("cancel", ["task", "scope", "wait_for"])
+async def test_a_cancellation_rolls_back_both(shop: Shop, key: StorageKey, cancel: str) -> None:
+    written = anyio.Event()
+
+    async def handler() -> None:
+        async with shop.storage.transaction() as session:
+            session.add(shop.Order(product="tea"))
+            await shop.storage.set_state(key, "paid")
+            written.set()
+            await anyio.sleep_forever()
+
+    if cancel == "scope":
+        async with anyio.create_task_group() as group:
+            group.start_soon(handler)
+            await written.wait()
+            group.cancel_scope.cancel()
+    else:
+        task = asyncio.ensure_future(handler())
+        await written.wait()
+        if cancel == "task":
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        else:
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(task, 0.01)
+    assert await shop.orders() == []
+    assert await shop.state(key) is None
+
+
+async def test_a_call_that_is_cancelled_twice_still_rolls_back(shop: Shop, key: StorageKey) -> None:
+    written = anyio.Event()
+
+    async def handler() -> None:
+        async with shop.storage.transaction():
+            await shop.storage.set_state(key, "paid")
+            written.set()
+            await anyio.sleep_forever()
+
+    task = asyncio.ensure_future(handler())
+    await written.wait()
+    task.cancel()
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await shop.state(key) is None
+
+
+KILLED = """
+import asyncio, os, signal, sys
+from aiogram.fsm.storage.base import StorageKey
+from sqlalchemy import create_engine, text
+from sqlalchemy.orm import sessionmaker
+from hybrid_storage import SQLAlchemyStorage
+
+async def main(url, table, orders):
+    storage = SQLAlchemyStorage(sessionmaker(create_engine(url)), table_name=table)
+    async with storage.transaction() as session:
+        await storage.set_state(StorageKey(bot_id=1, chat_id=2, user_id=3), "paid")
+        insert = text(f"INSERT INTO {orders} (product) VALUES ('tea')")
+        await storage.run_sync(lambda session: session.execute(insert))
+        print("written", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("way", [way for way in SERVERS if not way.is_async], ids=str)
+async def test_a_process_that_is_killed_in_a_handler_leaves_neither(
+    way: Way, open_storage: Open, url_of: Callable[[Way], Any]
+) -> None:
+    shop = await open_shop(way, open_storage)
+    url = way.engine(url_of(way)).url.render_as_string(hide_password=False)
+    arguments = [url, shop.storage.table.name, shop.Order.__tablename__]
+    done = await anyio.run_process([sys.executable, "-c", KILLED, *arguments], check=False)
+    assert (done.returncode, done.stdout) == (-9, b"written\n")
+    assert await shop.orders() == []
+    assert await rows(shop.storage) == []
+
+
+async def test_a_nested_transaction_is_a_savepoint(shop: Shop, key: StorageKey) -> None:
+    async with shop.storage.transaction() as session:
+        with pytest.raises(Refused):
+            async with shop.storage.transaction() as inner:
+                assert inner is session
+                session.add(shop.Order(product="tea"))
+                await shop.storage.set_state(key, "paid")
+                raise Refused
+        assert await shop.storage.get_state(key) is None
+        async with shop.storage.transaction():
+            session.add(shop.Order(product="cake"))
+        await shop.storage.set_state(key, "refused")
+    assert await shop.orders() == ["cake"]
+    assert await shop.state(key) == "refused"
+
+
+async def test_what_a_nested_transaction_wrote_goes_if_the_outer_one_fails(
+    shop: Shop, key: StorageKey
+) -> None:
+    with pytest.raises(Refused):
+        async with shop.storage.transaction() as session:
+            async with shop.storage.transaction():
+                session.add(shop.Order(product="tea"))
+                await shop.storage.set_state(key, "paid")
+            raise Refused
+    assert await shop.orders() == []
+    assert await shop.state(key) is None
+
+
+async def test_calls_of_concurrent_tasks_inside_join_and_take_turns(
+    shop: Shop, key: StorageKey
+) -> None:
+    with pytest.raises(Refused):
+        async with shop.storage.transaction():
+            await asyncio.gather(*(shop.storage.update_data(key, {str(n): n}) for n in range(20)))
+            assert len(await shop.storage.get_data(key)) == 20
+            raise Refused
+    assert await shop.storage.get_data(key) == {}
+
+
+async def test_a_task_that_outlives_the_scope_uses_sessions_of_its_own(
+    shop: Shop, key: StorageKey
+) -> None:
+    over = anyio.Event()
+
+    async def later() -> None:
+        await over.wait()
+        await shop.storage.set_state(key, "later")
+
+    tasks: list[asyncio.Future[None]] = []
+    with pytest.raises(Refused):
+        async with shop.storage.transaction():
+            tasks.append(asyncio.ensure_future(later()))
+            await shop.storage.set_state(key, "inside")
+            raise Refused
+    over.set()
+    await tasks[0]
+    assert await shop.state(key) == "later"
+
+
+async def test_a_call_under_way_is_finished_before_the_scope_ends(
+    shop: Shop, key: StorageKey
+) -> None:
+    """The session is never used by two at a time, nor after its end."""
+    async with shop.storage.transaction():
+        tasks = [
+            asyncio.ensure_future(shop.storage.update_data(key, {str(n): n})) for n in range(9)
+        ]
+        await asyncio.sleep(0)
+    await asyncio.gather(*tasks)
+    assert len(await shop.storage.get_data(key)) == 9
+
+
+async def test_other_storages_are_not_drawn_in_unless_told_to_use_the_session(
+    way: Way, open_storage: Open, key: StorageKey
+) -> None:
+    metadata = MetaData()
+    one = await open_storage(way, metadata=metadata, table_name=f"one_{uuid.uuid4().hex}")
+    two = await open_storage(way, metadata=metadata, table_name=f"two_{uuid.uuid4().hex}")
+    for end, state in ((Refused, None), (None, "both")):
+        try:
+            async with one.transaction() as session, two.using(session):
+                await one.set_state(key, "both")
+                await two.set_state(key, "both")
+                if end is not None:
+                    raise end
+        except Refused:
+            pass
+        assert await one.get_state(key) == await two.get_state(key) == state
+    if way.server == "sqlite":
+        return  # one writer: the second storage would wait for the first
+    with pytest.raises(Refused):
+        async with one.transaction():
+            await one.set_state(key, "one")
+            await two.set_state(key, "two")
+            raise Refused
+    assert (await one.get_state(key), await two.get_state(key)) == ("both", "two")
+
+
+@asynccontextmanager
+async def a_session(storage: SQLAlchemyStorage) -> AsyncIterator[Any]:
+    """Open a session of the application's, of the storage's own factory."""
+    session, _ = storage._runner.open()
+    try:
+        yield session
+    finally:
+        result = session.close()
+        if result is not None:
+            await result
+
+
+async def _(result: Awaitable[None] | None) -> None:
+    if result is not None:
+        await result
+
+
+async def test_calls_join_a_session_of_the_applications(shop: Shop, key: StorageKey) -> None:
+    async with a_session(shop.storage) as session:
+        async with shop.storage.using(session):
+            await shop.storage.set_state(key, "paid")
+        await _(session.rollback())
+        assert await shop.state(key) is None
+        session.add(shop.Order(product="tea"))
+        async with shop.storage.using(session):
+            await shop.storage.set_state(key, "paid")
+            await shop.storage.clear(key)
+            await shop.storage.set_state(key, "sent")
+        await _(session.commit())
+    assert await shop.state(key) == "sent"
+    assert await shop.orders() == ["tea"]
+
+
+async def test_pending_objects_are_not_flushed_by_the_storage(shop: Shop, key: StorageKey) -> None:
+    async with a_session(shop.storage) as session:
+        order = shop.Order(product="tea")
+        session.add(order)
+        async with shop.storage.using(session):
+            await shop.storage.set_state(key, "paid")
+            await shop.storage.update_data(key, {"a": 1})
+            assert await shop.storage.get_state(key) == "paid"
+            assert list(session.new) == [order]
+        await _(session.rollback())
+
+
+async def test_the_scoped_session_of_the_application_can_be_joined(
+    open_storage: Open, key: StorageKey
+) -> None:
+    shop = await open_shop(SQLITE[0], open_storage)
+    scoped = scoped_session(sessionmaker(shop.storage._runner.open()[1]))
+    scoped.add(shop.Order(product="tea"))
+    async with shop.storage.using(scoped):
+        await shop.storage.set_state(key, "paid")
+    assert len(scoped.new) == 1
+    scoped.rollback()
+    scoped.remove()
+    assert await shop.state(key) is None
+
+
+@pytest.mark.parametrize("wrong", [None, "session", object, sessionmaker], ids=repr)
+async def test_using_refuses_what_is_no_session(open_storage: Open, wrong: Any) -> None:
+    storage = await open_storage(SQLITE[0])
+    with pytest.raises(TypeError, match=r"using\(\) takes a Session or an AsyncSession, not"):
+        async with storage.using(wrong):
+            pass
+
+
+async def test_legacy_code_runs_in_the_transaction_or_in_one_of_its_own(
+    shop: Shop, key: StorageKey
+) -> None:
+    def place_order(session: Session, product: str, *, fail: bool = False) -> str:
+        session.add(shop.Order(product=product))
+        session.flush()
+        if fail:
+            raise Refused
+        return product.upper()
+
+    assert await shop.storage.run_sync(place_order, "tea") == "TEA"
+    with pytest.raises(Refused):
+        await shop.storage.run_sync(place_order, "cake", fail=True)
+    assert await shop.orders() == ["tea"]
+    with pytest.raises(Refused):
+        async with shop.storage.transaction():
+            await shop.storage.set_state(key, "paid")
+            assert await shop.storage.run_sync(place_order, "milk") == "MILK"
+            raise Refused
+    assert await shop.orders() == ["tea"]
+    assert await shop.state(key) is None
+
+
+async def test_legacy_code_is_off_the_event_loops_thread_if_it_is_synchronous(
+    shop: Shop, way: Way
+) -> None:
+    thread = await shop.storage.run_sync(lambda _: threading.current_thread())
+    assert (thread is threading.current_thread()) == way.is_async
+
+
+async def test_the_session_given_is_of_the_factorys_kind(shop: Shop, way: Way) -> None:
+    async with shop.storage.transaction() as session:
+        assert isinstance(session, AsyncSession if way.is_async else Session)
+
+
+async def test_more_transactions_than_connections_wait_for_their_turn(
+    open_storage: Open, key: StorageKey
+) -> None:
+    for way in SERVERS:
+        if way.server == "sqlite":
+            continue
+        storage = await open_storage(
+            way, engine_options={"pool_size": 2, "max_overflow": 0, "pool_timeout": 1}
+        )
+
+        async def handler(storage: SQLAlchemyStorage, number: int) -> None:
+            own = StorageKey(bot_id=1, chat_id=2, user_id=number)
+            async with storage.transaction():
+                await storage.set_state(own, "paid")
+                # A call that does not join, while all connections are taken.
+                await outside(storage.get_state, key)
+
+        await asyncio.gather(*(handler(storage, number) for number in range(20)))
+        assert len(await rows(storage)) == 20
+
+
+def message(text: str) -> Update:
+    user = User(id=7, is_bot=False, first_name="Ada")
+    chat = Chat(id=7, type="private")
+    date = datetime.now(timezone.utc)
+    return Update(
+        update_id=1,
+        message=Message(message_id=1, date=date, chat=chat, from_user=user, text=text),
+    )
+
+
+KEY = StorageKey(bot_id=42, chat_id=7, user_id=7)
+
+
+class Bots:
+    """A dispatcher with one transaction per update, and a handler that does as it is told."""
+
+    def __init__(self, shop: Shop, inner: bool = False) -> None:
+        self.shop = shop
+        self.bot = Bot("42:TEST")
+        self.dispatcher = Dispatcher(storage=shop.storage)
+        self.errors: list[tuple[BaseException, bool]] = []
+        self.action: BaseException | None = None
+        middleware = SessionMiddleware(shop.storage)
+        if inner:
+            self.dispatcher.message.middleware(middleware)
+        else:
+            self.dispatcher.update.outer_middleware(middleware)
+
+        @self.dispatcher.message()
+        async def first(message: Message, state: FSMContext, session: Any) -> Any:
+            session.add(shop.Order(product=f"{message.text}-1"))
+            await state.set_state("first")
+            if self.action is not None:
+                raise self.action
+
+        @self.dispatcher.message()
+        async def second(message: Message, state: FSMContext, session: Any) -> Any:
+            session.add(shop.Order(product=f"{message.text}-2"))
+            await state.update_data(second=True)
+
+        @self.dispatcher.error()
+        async def failed(error: ErrorEvent, **data: Any) -> Any:
+            self.errors.append((error.exception, "session" in data))
+
+    async def say(self, text: str) -> Any:
+        return await self.dispatcher.feed_update(self.bot, message(text))
+
+
+@pytest.mark.parametrize("inner", [False, True], ids=["outer", "inner"])
+async def test_the_middleware_commits_what_a_handler_did(shop: Shop, inner: bool) -> None:
+    await Bots(shop, inner).say("tea")
+    assert await shop.orders() == ["tea-1"]
+    assert await shop.state(KEY) == "first"
+
+
+@pytest.mark.parametrize("inner", [False, True], ids=["outer", "inner"])
+async def test_a_handlers_error_rolls_back_and_reaches_the_error_handlers(
+    shop: Shop, inner: bool
+) -> None:
+    bots = Bots(shop, inner)
+    bots.action = Refused()
+    await bots.say("tea")
+    assert await shop.orders() == []
+    assert await shop.state(KEY) is None
+    assert bots.errors == [(bots.action, False)]
+
+
+@pytest.mark.parametrize("inner", [False, True], ids=["outer", "inner"])
+async def test_skipping_to_the_next_handler_is_no_failure(shop: Shop, inner: bool) -> None:
+    bots = Bots(shop, inner)
+    bots.action = SkipHandler()
+    await bots.say("tea")
+    assert await shop.orders() == ["tea-1", "tea-2"]
+    assert await shop.state(KEY) == "first"
+    assert await shop.storage.get_data(KEY) == {"second": True}
+    assert bots.errors == []
+
+
+@pytest.mark.parametrize("inner", [False, True], ids=["outer", "inner"])
+async def test_cancelling_the_handling_is_no_failure(shop: Shop, inner: bool) -> None:
+    bots = Bots(shop, inner)
+    bots.action = CancelHandler()
+    with pytest.raises(CancelHandler):
+        await bots.say("tea")
+    assert await shop.orders() == ["tea-1"]
+    assert await shop.state(KEY) == "first"
+
+
+async def test_an_update_that_nobody_handles_is_no_failure(
+    open_storage: Open,
+) -> None:
+    shop = await open_shop(SQLITE[0], open_storage)
+    dispatcher = Dispatcher(storage=shop.storage)
+    dispatcher.update.outer_middleware(SessionMiddleware(shop.storage, name="db"))
+    seen: list[type] = []
+
+    @dispatcher.message(lambda message, db: seen.append(type(db)))
+    async def never() -> None: ...
+
+    assert await dispatcher.feed_update(Bot("42:TEST"), message("tea")) is UNHANDLED
+    assert [issubclass(made, Session) for made in seen] == [True]

@@ -1,0 +1,115 @@
+"""What users may not write: each line with a mark, and no other, has the error of that name."""
+
+from __future__ import annotations
+
+from aiogram.fsm.storage.base import DefaultKeyBuilder, StorageKey
+from sqlalchemy import MetaData, create_engine
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Session, sessionmaker
+
+from hybrid_storage import FSMData, SQLAlchemyStorage, declare_model
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class NoModel:
+    pass
+
+
+engine = create_engine("sqlite:///bot.db")
+async_engine = create_async_engine("sqlite+aiosqlite:///bot.db")
+factory = sessionmaker(engine)
+async_factory = async_sessionmaker(async_engine)
+
+# Constructors
+
+SQLAlchemyStorage()  # E: call-overload
+SQLAlchemyStorage(engine)  # E: call-overload
+SQLAlchemyStorage(async_engine)  # E: call-overload
+SQLAlchemyStorage("sqlite:///bot.db")  # E: call-overload
+SQLAlchemyStorage(lambda: Session(engine))  # E: call-overload
+SQLAlchemyStorage(Session)  # E: call-overload
+SQLAlchemyStorage(factory())  # E: call-overload
+SQLAlchemyStorage(async_factory())  # E: call-overload
+SQLAlchemyStorage(None, Base)  # E: call-overload
+SQLAlchemyStorage(factory, "fsm")  # E: call-overload
+SQLAlchemyStorage(factory, MetaData)  # E: arg-type
+SQLAlchemyStorage(factory, NoModel)  # E: arg-type
+SQLAlchemyStorage(factory, Base, NoModel)  # E: arg-type
+SQLAlchemyStorage(factory, Base, None)  # E: call-overload
+SQLAlchemyStorage(factory, key_builder=DefaultKeyBuilder)  # E: call-overload
+SQLAlchemyStorage(factory, json_dumps="json")  # E: call-overload
+SQLAlchemyStorage(factory, limiter=5)  # E: call-overload
+SQLAlchemyStorage(factory, retry_for="long")  # E: call-overload
+SQLAlchemyStorage(factory, unknown=True)  # E: call-overload
+SQLAlchemyStorage(factory, session=factory)  # E: call-overload
+SQLAlchemyStorage(session=engine, base=Base)  # E: call-overload
+SQLAlchemyStorage.from_url(engine)  # E: arg-type
+SQLAlchemyStorage.from_url("sqlite:///bot.db", metadata="fsm")  # E: arg-type
+declare_model("fsm", Base)  # E: arg-type
+declare_model(Base)  # E: call-arg
+bad_model: type[FSMData] = NoModel  # E: assignment
+
+storage = SQLAlchemyStorage[Session](factory, Base)
+
+
+async def use(key: StorageKey) -> None:
+    await storage.set_state(key, 5)  # E: arg-type
+    await storage.set_state("42:7:7", "form:name")  # E: arg-type
+    await storage.set_state()  # E: call-arg
+    await storage.set_data(key, [1])  # E: arg-type
+    await storage.set_data(key, None)  # E: arg-type
+    await storage.set_data(key, {1: "one"})  # E: dict-item
+    await storage.update_data(key, "name")  # E: arg-type
+    await storage.update_data(key, name="Ada")  # E: call-arg
+    state: str = await storage.get_state(key)  # E: assignment
+    number: int = await storage.get_data(key)  # E: assignment
+    await storage.get_value(key, 5)  # E: call-overload
+    await storage.get_value(key)  # E: call-overload
+    storage.get_state(key)  # E: unused-coroutine
+    await storage.clear()  # E: call-arg
+    await storage.create_table(engine)  # E: call-arg
+    del state, number
+
+
+async def use_operations(session: Session, async_session: AsyncSession, key: StorageKey) -> None:
+    operations = storage.operations
+    operations.get_state(async_session, key)  # E: arg-type
+    operations.set_state(async_session, key)  # E: arg-type
+    operations.get_data(async_session, key)  # E: arg-type
+    operations.set_data(async_session, key, {})  # E: arg-type
+    operations.update_data(async_session, key, {})  # E: arg-type
+    operations.get_value(async_session, key, "name")  # E: call-overload
+    operations.clear(async_session, key)  # E: arg-type
+    operations.get_state(engine, key)  # E: arg-type
+    operations.get_state(key)  # E: arg-type, call-arg
+    operations.set_state(session, key, 5)  # E: arg-type
+    operations.set_state(session, "form:name")  # E: arg-type
+    operations.set_data(session, key, [1])  # E: arg-type
+    operations.update_data(session, key, name="Ada")  # E: call-arg
+    operations.get_value(session, key, 5)  # E: call-overload
+    data: str = operations.get_data(session, key)  # E: assignment
+    await operations.get_state(session, key)  # E: misc
+    assert data
+
+
+def legacy(session: Session, name: str) -> int:
+    return len(name)
+
+
+async def use_transactions(key: StorageKey) -> None:
+    await storage.run_sync(legacy)  # E: call-arg
+    await storage.run_sync(legacy, 5)  # E: arg-type
+    await storage.run_sync(legacy, "Ada", "Eve")  # E: call-arg
+    await storage.run_sync(len)  # E: arg-type
+    name: str = await storage.run_sync(legacy, "Ada")  # E: arg-type
+    await storage.run_sync(storage.operations.set_state, key, 5)  # E: arg-type
+    assert name
+    async with storage.using(factory):  # E: arg-type
+        pass
+    async with storage.using(engine):  # E: arg-type
+        pass
+    async with storage.transaction() as session:
+        await session.execute(None)  # E: call-overload

@@ -1,0 +1,99 @@
+"""The ways in that every test of behaviour runs on: a driver, and a factory of either kind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pymysql
+from sqlalchemy import URL, Engine, create_engine, make_url
+from sqlalchemy.ext.asyncio import (
+    AsyncEngine,
+    AsyncSession,
+    async_sessionmaker,
+    create_async_engine,
+)
+from sqlalchemy.orm import scoped_session, sessionmaker
+
+MYSQL_URL = os.environ.get("HYBRID_STORAGE_MYSQL_URL", "mysql://root@127.0.0.1:3306/test")
+POSTGRES_URL = os.environ.get("HYBRID_STORAGE_POSTGRES_URL")
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way in."""
+
+    name: str
+    server: str
+    """Which database: sqlite, postgresql or mariadb."""
+    driver: str
+    is_async: bool
+    wrap: Callable[[Any], Any] | None = None
+    """Makes the session factory of an engine, where it is not the usual one."""
+
+    def engine(self, url: URL, **options: Any) -> Engine | AsyncEngine:
+        """Return a new engine for the server's URL, whose driver is replaced by this one."""
+        create = create_async_engine if self.is_async else create_engine
+        return create(url.set(drivername=f"{url.get_backend_name()}+{self.driver}"), **options)
+
+    def factory(self, engine: Engine | AsyncEngine) -> Any:
+        """Return a session factory of this way's kind."""
+        if self.wrap is not None:
+            return self.wrap(engine)
+        if isinstance(engine, AsyncEngine):
+            return async_sessionmaker(engine)
+        return sessionmaker(engine)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@cache
+def mysql_version() -> str | None:
+    """Return the version of the MariaDB or MySQL server, None if none answers."""
+    url = make_url(MYSQL_URL)
+    try:
+        connection = pymysql.connect(
+            host=url.host or "127.0.0.1",
+            port=url.port or 3306,
+            user=url.username or "root",
+            password=str(url.password or ""),
+            database=url.database,
+            connect_timeout=5,
+        )
+    except pymysql.err.OperationalError:
+        return None
+    with connection:
+        return str(connection.get_server_info())
+
+
+SQLITE = [
+    Way("sqlite3", "sqlite", "pysqlite", is_async=False),
+    Way("aiosqlite", "sqlite", "aiosqlite", is_async=True),
+]
+POSTGRESQL = [
+    Way("psycopg", "postgresql", "psycopg", is_async=False),
+    Way("psycopg-async", "postgresql", "psycopg", is_async=True),
+    Way("asyncpg", "postgresql", "asyncpg", is_async=True),
+]
+MARIADB = [
+    Way("pymysql", "mariadb", "pymysql", is_async=False),
+    Way("asyncmy", "mariadb", "asyncmy", is_async=True),
+]
+FACTORIES = [
+    Way("scoped", "sqlite", "pysqlite", False, lambda engine: scoped_session(sessionmaker(engine))),
+    Way(
+        "old-style",
+        "sqlite",
+        "aiosqlite",
+        True,
+        lambda engine: sessionmaker(engine, class_=AsyncSession, expire_on_commit=False),
+    ),
+]
+SERVERS = [*SQLITE, *POSTGRESQL, *(MARIADB if mysql_version() else [])]
+"""One way for each driver that has a server here."""
+WAYS = [*SERVERS, *FACTORIES]
+"""All ways in."""
