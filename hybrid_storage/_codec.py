@@ -96,23 +96,39 @@ class Codec:
             raise self._corrupt(key, f"it is a JSON {type(data).__name__}, not an object")
         return data
 
-    def merge(self, key: StorageKey, changes: str) -> Callable[[str | None], str]:
+    def merge(self, key: StorageKey, changes: str) -> Merge:
         """Return the function that applies changes to a stored text, as ``dict.update`` does.
 
         :param key: the conversation's key, for the error
         :param changes: the text of the changes
         """
-
-        def merged(text: str | None) -> str:
-            return self.dump({**self.load(key, text), **self._loads(changes)})
-
-        return merged
+        return Merge(self, key, changes)
 
     def _corrupt(self, key: StorageKey, why: str) -> CorruptDataError:
         return CorruptDataError(
             f"the data of {key} in table {self._table!r} cannot be read, {why}. "
             "The row is unchanged; set_data() or clear() replaces it"
         )
+
+
+class Merge:
+    """Applies changes to a stored text."""
+
+    def __init__(self, codec: Codec, key: StorageKey, changes: str) -> None:
+        self._codec = codec
+        self._key = key
+        self._changes = changes
+        self.data: dict[str, Any] = {}
+        """What the text last returned stands for."""
+
+    def __call__(self, text: str | None) -> str:
+        """Return the text that replaces another.
+
+        :param text: what the row holds
+        """
+        # Parsed anew each time: nothing of the caller's own objects gets into the result.
+        self.data = {**self._codec.load(self._key, text), **self._codec._loads(self._changes)}
+        return self._codec.dump(self.data)
 
 
 def _text(source: str, text: object) -> str:

@@ -7,12 +7,21 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 from sqlalchemy import URL, Connection, Engine
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import SingletonThreadPool
 
 if TYPE_CHECKING:
     from ._runners import AnySession
 
+_TRANSACTION_EVENTS = (
+    "after_begin",
+    "after_commit",
+    "after_rollback",
+    "after_soft_rollback",
+    "after_transaction_create",
+    "after_transaction_end",
+    "before_commit",
+)
 _ASYNC = "an async_sessionmaker"
 _PASS = "pass a sessionmaker or an async_sessionmaker (or a scoped one)"
 
@@ -67,6 +76,34 @@ def check_bind(bind: object, is_async: bool) -> None:
             "in memory and share it, with poolclass=QueuePool and the URL "
             "'sqlite:///file:NAME?mode=memory&cache=shared&uri=true&check_same_thread=false'"
         )
+
+
+def is_plain(session: AnySession, factory: object) -> bool:
+    """Tell whether a session does no more than open transactions on connections of one engine.
+
+    It does not where the application has a class of its own, binds for some of its models, or
+    listens to what becomes of transactions.
+
+    :param session: a session that the factory has made
+    :param factory: an unscoped factory
+    """
+    inner = session if isinstance(session, Session) else session.sync_session
+    kinds: tuple[type, ...] = (sessionmaker, Session)
+    if inner is not session:
+        from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+        if type(inner) is not Session:
+            return False
+        kinds = (sessionmaker, async_sessionmaker, AsyncSession)
+    # A sessionmaker makes a class of its own from the one that it is given.
+    return (
+        type(factory) in kinds
+        and (type(session) in kinds or type(session).__bases__[0] in kinds)
+        and isinstance(inner.bind, Engine)
+        and not getattr(factory, "kw", {}).get("binds")
+        and not inner.twophase
+        and not any(getattr(inner.dispatch, event) for event in _TRANSACTION_EVENTS)
+    )
 
 
 def _is_async_session(made: type) -> bool:

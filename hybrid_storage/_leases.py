@@ -11,6 +11,7 @@ from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
+    Connection,
     CursorResult,
     Dialect,
     Double,
@@ -58,42 +59,47 @@ class Leases:
         self._delete = delete(table).where(table.c.id == bindparam("_row"), mine)
         self.renew_mine: Update = update(table).where(these, mine)
 
-    def acquire(self, session: Session, row: str, owner: str, lease: float) -> bool:
+    def to_write(self, session: Session) -> Connection:
+        """Return the connection by which a session would change the table."""
+        return session.connection({**self._bind_arguments, "clause": self._delete})
+
+    def acquire(self, connection: Connection, row: str, owner: str, lease: float) -> bool:
         """Take a lease unless another owner has it and its time is not over.
 
         :return: whether it is the owner's now
         """
-        dialect = self._dialect(session)
+        dialect = self._dialect(connection)
         parameters = {"_row": row, "_owner": owner, "_lease": lease}
-        result = self._execute(session, dialect.acquire, parameters)
+        result = self._execute(connection, dialect.acquire, parameters)
         if dialect.tells:
             return wrote(result)
-        return bool(self._execute(session, self._select_owner, {"_row": row}).scalar() == owner)
+        return bool(self._execute(connection, self._select_owner, {"_row": row}).scalar() == owner)
 
-    def renew(self, session: Session, rows: Sequence[str], owner: str, lease: float) -> set[str]:
+    def renew(
+        self, connection: Connection, rows: Sequence[str], owner: str, lease: float
+    ) -> set[str]:
         """Begin the time of an owner's leases anew.
 
         :return: those of the rows that are the owner's still
         """
         parameters = {"_rows": rows, "_owner": owner, "_lease": lease}
-        renewed = self._execute(session, self._dialect(session).renew, parameters).rowcount
+        renewed = self._execute(connection, self._dialect(connection).renew, parameters).rowcount
         if renewed == len(rows):
             return set(rows)
-        found = self._execute(session, self._select_mine, {"_rows": rows, "_owner": owner})
+        found = self._execute(connection, self._select_mine, {"_rows": rows, "_owner": owner})
         return set(found.scalars())
 
-    def release(self, session: Session, row: str, owner: str) -> None:
+    def release(self, connection: Connection, row: str, owner: str) -> None:
         """Free a lease, if it is the owner's still."""
-        self._execute(session, self._delete, {"_row": row, "_owner": owner})
+        self._execute(connection, self._delete, {"_row": row, "_owner": owner})
 
     def _execute(
-        self, session: Session, statement: Executable, parameters: dict[str, Any]
+        self, connection: Connection, statement: Executable, parameters: dict[str, Any]
     ) -> CursorResult[Any]:
-        connection = session.connection({**self._bind_arguments, "clause": statement})
         return execute(connection, statement, parameters, self._table)
 
-    def _dialect(self, session: Session) -> _Dialect:
-        used = session.get_bind(**self._bind_arguments).dialect
+    def _dialect(self, connection: Connection) -> _Dialect:
+        used = connection.dialect
         dialect = self._dialects.get(type(used))
         if dialect is None:
             dialect = self._dialects[type(used)] = _Dialect(self, self._table, used)

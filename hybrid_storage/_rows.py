@@ -1,4 +1,4 @@
-"""Every statement on the table: SQL only, text in and text out, on a plain synchronous ``Session``.
+"""Every statement on the table: SQL only, text in and text out, on a synchronous ``Connection``.
 
 Each operation is one statement, or statements that end well however they are interleaved with
 those of others. So it is right under AUTOCOMMIT, where PostgreSQL needs one round trip a
@@ -63,116 +63,112 @@ class Rows:
         self._delete = delete(table).where(this_row)
         self._delete_empty = self._delete.where(table.c.state.is_(None), is_empty(table.c.data))
 
-    def get_state(self, session: Session, row: str) -> str | None:
+    def to_read(self, session: Session) -> Connection:
+        """Return the connection by which a session would read the table."""
+        return session.connection({**self.bind_arguments, "clause": self._select_data})
+
+    def to_write(self, session: Session) -> Connection:
+        """Return the connection by which a session would change the table."""
+        return session.connection({**self.bind_arguments, "clause": self.replace_data})
+
+    def get_state(self, connection: Connection, row: str) -> str | None:
         """Return the state, None if there is none."""
-        return self._scalar(session, self._select_state, row)
+        return self._scalar(connection, self._select_state, row)
 
-    def get_data(self, session: Session, row: str) -> str | None:
+    def get_data(self, connection: Connection, row: str) -> str | None:
         """Return the data's text, None or an empty string if there is none."""
-        return self._scalar(session, self._select_data, row)
+        return self._scalar(connection, self._select_data, row)
 
-    def set_state(self, session: Session, row: str, state: str | None) -> None:
+    def set_state(self, connection: Connection, row: str, state: str | None) -> None:
         """Set the state; None removes it, and the row with it if there is no data."""
-        dialect = self._dialect(session, row)
+        dialect = self._dialect(connection, row)
         if state is not None:
-            dialect.state.set(session, row, state)
+            dialect.state.set(connection, row, state)
         else:
-            self._unset(session, row, self.unset_state, dialect.unset_state_returning)
+            self._unset(connection, row, self.unset_state, dialect.unset_state_returning)
 
-    def set_data(self, session: Session, row: str, data: str) -> None:
+    def set_data(self, connection: Connection, row: str, data: str) -> None:
         """Set the data; an empty string removes it, and the row with it if there is no state."""
-        dialect = self._dialect(session, row)
+        dialect = self._dialect(connection, row)
         if data:
-            dialect.data.set(session, row, data)
+            dialect.data.set(connection, row, data)
         else:
-            self._unset(session, row, self.unset_data, dialect.unset_data_returning)
+            self._unset(connection, row, self.unset_data, dialect.unset_data_returning)
 
-    def clear(self, session: Session, row: str) -> None:
+    def clear(self, connection: Connection, row: str) -> None:
         """Remove the row."""
-        self.execute(session, self._delete, {"_row": row})
+        self.execute(connection, self._delete, {"_row": row})
 
-    def update_data(self, session: Session, row: str, merge: Callable[[str | None], str]) -> str:
+    def update_data(
+        self, connection: Connection, row: str, merge: Callable[[str | None], str]
+    ) -> None:
         """Replace the data by what ``merge`` makes of it: read, then compare-and-set.
 
-        :param session: the session to write in
+        :param connection: the connection to write by
         :param row: the row's id
         :param merge: gets the stored text and returns the new one; called again after a conflict
         :raises StaleDataError: if the row changed under every one of a great many attempts
-        :return: the text stored
         """
-        dialect = self._dialect(session, row)
+        dialect = self._dialect(connection, row)
         if dialect.locks_by_writing:
             # SQLite: a transaction that reads first and writes later fails if another wrote
             # in between; one that begins with a write holds the lock by the time it reads.
-            self.execute(session, self._touch, {"_row": row})
-        old = self._read(session, self._select_data, row)
+            self.execute(connection, self._touch, {"_row": row})
+        old = self._scalar(connection, self._select_data, row)
         for _ in range(_ATTEMPTS):
             new = merge(old)
             # What is there already was stored by this call (MySQL does not tell) or by its equal.
-            if new == old or self._compare_and_set(session, dialect, row, old, new):
-                return new
+            if new == old or self._compare_and_set(connection, dialect, row, old, new):
+                return
             # Inside a transaction this reads the latest row, whatever the isolation level showed
             # so far, and locks it: the next attempt succeeds.
-            old = self._read(session, self._select_data_locked, row)
+            old = self._scalar(connection, self._select_data_locked, row)
         raise StaleDataError(
             f"the data of {row!r} in table {self.table.fullname!r} changed under each of "
             f"{_ATTEMPTS} attempts to update it: write to this key less often"
         )
 
     def execute(
-        self,
-        session: Session,
-        statement: Executable,
-        parameters: dict[str, Any],
-        routed_as: Executable | None = None,
+        self, connection: Connection, statement: Executable, parameters: dict[str, Any]
     ) -> CursorResult[Any]:
         """Run a statement, having checked that the database can hold its texts.
 
-        :param session: the session to run it in
+        :param connection: the connection to run it on
         :param statement: a Core statement
         :param parameters: its parameters
-        :param routed_as: the statement by which the session chooses the engine, if another
         :raises ValueError: if the database cannot hold one of them
         :return: the result
         """
-        connection = session.connection(
-            {**self.bind_arguments, "clause": statement if routed_as is None else routed_as}
-        )
         if is_suspect(parameters):
-            self._dialect(session, "").limits.check(connection, parameters)
+            self._dialect(connection, "").limits.check(connection, parameters)
         return execute(connection, statement, parameters, self.table)
 
-    def _read(self, session: Session, statement: Executable, row: str) -> str | None:
-        # Where it will be written, if the session sends its reads to a follower.
-        result = self.execute(session, statement, {"_row": row}, routed_as=self.replace_data)
-        return cast("str | None", result.scalar())
-
-    def _scalar(self, session: Session, statement: Executable, row: str) -> str | None:
-        return cast("str | None", self.execute(session, statement, {"_row": row}).scalar())
+    def _scalar(self, connection: Connection, statement: Executable, row: str) -> str | None:
+        return cast("str | None", self.execute(connection, statement, {"_row": row}).scalar())
 
     def _unset(
-        self, session: Session, row: str, statement: Executable, returning: Executable | None
+        self, connection: Connection, row: str, statement: Executable, returning: Executable | None
     ) -> None:
         # First the column, then the row if nothing is left in it. The other way round, two
         # clients that unset one column each would both find the other's, and leave an empty row.
         if returning is not None:
-            rest = self.execute(session, returning, {"_row": row}).scalars().all()
+            rest = self.execute(connection, returning, {"_row": row}).scalars().all()
             may_be_empty = not all(rest)
         else:
-            may_be_empty = self.execute(session, statement, {"_row": row}).rowcount > 0
+            may_be_empty = self.execute(connection, statement, {"_row": row}).rowcount > 0
         if may_be_empty:
-            self.execute(session, self._delete_empty, {"_row": row})
+            self.execute(connection, self._delete_empty, {"_row": row})
 
     def _compare_and_set(
-        self, session: Session, dialect: _Dialect, row: str, old: str | None, new: str
+        self, connection: Connection, dialect: _Dialect, row: str, old: str | None, new: str
     ) -> bool:
         if not old:
-            return dialect.data.set_if_empty(session, row, new)
+            return dialect.data.set_if_empty(connection, row, new)
         parameters = {"_row": row, "_old": dialect.comparable(old), "_value": new}
-        return self.execute(session, dialect.compare_and_set, parameters).rowcount > 0
+        return self.execute(connection, dialect.compare_and_set, parameters).rowcount > 0
 
-    def _dialect(self, session: Session, row: str) -> _Dialect:
-        used = session.get_bind(**self.bind_arguments).dialect
+    def _dialect(self, connection: Connection, row: str) -> _Dialect:
+        used = connection.dialect
         dialect = self._dialects.get(type(used))
         if dialect is None:
             dialect = self._dialects[type(used)] = _Dialect(self, used)

@@ -6,8 +6,7 @@ Whoever waits here waits without a thread, without the pool's time-out, and can 
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator
-from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -32,47 +31,70 @@ _locks: WeakKeyDictionary[object, threading.Lock] = WeakKeyDictionary()
 _locks_guard = threading.Lock()
 
 
-@asynccontextmanager
-async def turn(bind: Bind, writes: bool, limiter: CapacityLimiter | None) -> AsyncIterator[None]:
-    """Wait until a call may use the database.
+class Turn:
+    """An async context manager that waits for a place, and keeps it."""
+
+    def __init__(self, *limiters: CapacityLimiter) -> None:
+        """Remember where to wait.
+
+        :param limiters: each of which gives one token, in this order
+        """
+        self._limiters = limiters
+        self._taken = 0
+
+    async def __aenter__(self) -> None:
+        try:
+            for limiter in self._limiters:
+                # On behalf of this turn, not of the task: that may hold a token of the
+                # application's limiter already.
+                try:
+                    limiter.acquire_on_behalf_of_nowait(self)
+                except WouldBlock:
+                    await limiter.acquire_on_behalf_of(self)
+                self._taken += 1
+        except BaseException:
+            await self.__aexit__()
+            raise
+
+    async def __aexit__(self, *_: object) -> None:
+        for limiter in self._limiters[: self._taken]:
+            limiter.release_on_behalf_of(self)
+
+
+def turn(bind: Bind, writes: bool, limiter: CapacityLimiter | None) -> Turn:
+    """Return a turn at the database for a call.
 
     :param bind: the engine, or the connection, that the call will use
     :param writes: whether the call writes; SQLite takes one writer at a time
     :param limiter: the limiter to use in place of the pool's
     """
-    async with AsyncExitStack() as held:
-        if writes and isinstance(bind.dialect, SQLiteDialect):
-            # Writers would otherwise sleep in SQLite's busy handler, which wakes up far too late.
-            await _acquire(_limiter(_writers, bind, 1), held)
-        if limiter is not None:
-            await _acquire(limiter, held)
-        if limiter is None or _is_shared(bind):
-            await _acquire(_limiter(_calls, bind, capacity(bind)), held)
-        yield
+    limiters = []
+    if writes and isinstance(bind.dialect, SQLiteDialect):
+        # Writers would otherwise sleep in SQLite's busy handler, which wakes up far too late.
+        limiters.append(_limiter(_writers, bind, 1))
+    if limiter is not None:
+        limiters.append(limiter)
+    if limiter is None or _is_shared(bind):
+        limiters.append(_limiter(_calls, bind, capacity(bind)))
+    return Turn(*limiters)
 
 
-@asynccontextmanager
-async def long_turn(bind: Bind) -> AsyncIterator[None]:
-    """Wait until there is a connection to hold for the time of a handler.
+def long_turn(bind: Bind) -> Turn:
+    """Return a turn to hold a connection for the time of a handler.
 
     :param bind: the engine, or the connection, to hold one of
     """
-    async with AsyncExitStack() as held:
-        # Calls outside the transaction must go on meanwhile, unless they share its connection.
-        limiters = _calls if _is_shared(bind) else _transactions
-        await _acquire(_limiter(limiters, bind, capacity(bind)), held)
-        yield
+    # Calls outside the transaction must go on meanwhile, unless they share its connection.
+    limiters = _calls if _is_shared(bind) else _transactions
+    return Turn(_limiter(limiters, bind, capacity(bind)))
 
 
-@asynccontextmanager
-async def spare_turn(bind: Bind) -> AsyncIterator[None]:
-    """Wait until a call may use a connection beyond those of the pool.
+def spare_turn(bind: Bind) -> Turn:
+    """Return a turn to use a connection beyond those of the pool.
 
     :param bind: the engine whose pool is exhausted
     """
-    async with AsyncExitStack() as held:
-        await _acquire(_limiter(_spares, bind, 1), held)
-        yield
+    return Turn(_limiter(_spares, bind, 1))
 
 
 def alone(bind: Bind) -> AbstractContextManager[object]:
@@ -137,12 +159,3 @@ def _limiter(limiters: Limiters, bind: Bind, tokens: int) -> CapacityLimiter:
     if limiter is None:
         limiter = here[resource] = CapacityLimiter(tokens)
     return limiter
-
-
-async def _acquire(limiter: CapacityLimiter, held: AsyncExitStack) -> None:
-    borrower = object()  # not the task: it may hold a token of the application's limiter already
-    try:
-        limiter.acquire_on_behalf_of_nowait(borrower)
-    except WouldBlock:
-        await limiter.acquire_on_behalf_of(borrower)
-    held.callback(limiter.release_on_behalf_of, borrower)

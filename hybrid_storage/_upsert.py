@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import (
     ColumnDefault,
     ColumnElement,
+    Connection,
     CursorResult,
     Dialect,
     Executable,
@@ -26,9 +27,8 @@ from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session
 
-Execute = Callable[[Session, Executable, dict[str, Any]], CursorResult[Any]]
+Execute = Callable[[Connection, Executable, dict[str, Any]], CursorResult[Any]]
 
 
 def is_empty(column: ColumnElement[str | None]) -> ColumnElement[bool]:
@@ -75,7 +75,7 @@ class Upsert:
         :param table: the table, with a primary key ``id``
         :param column: the name of the column to set
         :param dialect: the dialect of the database that will run them
-        :param execute: runs a statement in a session
+        :param execute: runs a statement on a connection
         """
         self._execute = execute
         self._always: Insert | None = None
@@ -112,47 +112,47 @@ class Upsert:
             filled = func.if_(is_empty(old), value, old)
             self._if_empty = row.on_duplicate_key_update({column: filled, **changes})
 
-    def set(self, session: Session, row: str, value: str) -> None:
+    def set(self, connection: Connection, row: str, value: str) -> None:
         """Set the column to a value.
 
-        :param session: the session to write in
+        :param connection: the connection to write by
         :param row: the row's id
         :param value: the new value
         """
         parameters = {"_row": row, "_value": value}
         if self._always is not None:
-            if self._updates_first and self._execute(session, self._update, parameters).rowcount:
+            if self._updates_first and self._execute(connection, self._update, parameters).rowcount:
                 return
-            self._execute(session, self._always, parameters)
-        elif not self._update_or_insert(session, self._update, row, value):
+            self._execute(connection, self._always, parameters)
+        elif not self._update_or_insert(connection, self._update, row, value):
             # Lost a race for the first write: now there is a row to update.
-            self._execute(session, self._update, parameters)
+            self._execute(connection, self._update, parameters)
 
-    def set_if_empty(self, session: Session, row: str, value: str) -> bool:
+    def set_if_empty(self, connection: Connection, row: str, value: str) -> bool:
         """Set the column only if it holds nothing so far.
 
-        :param session: the session to write in
+        :param connection: the connection to write by
         :param row: the row's id
         :param value: the new value
         :return: True if the value was set; False if it was not, or if the database does not tell
         """
         if self._if_empty is None:
-            return self._update_or_insert(session, self._update_if_empty, row, value)
+            return self._update_or_insert(connection, self._update_if_empty, row, value)
         parameters = {"_row": row, "_value": value}
         first = self._update_if_empty if self._updates_first else None
-        if first is not None and self._execute(session, first, parameters).rowcount:
+        if first is not None and self._execute(connection, first, parameters).rowcount:
             return True
-        result = self._execute(session, self._if_empty, parameters)
+        result = self._execute(connection, self._if_empty, parameters)
         return self._tells and wrote(result)
 
     def _update_or_insert(
-        self, session: Session, statement: Executable, row: str, value: str
+        self, connection: Connection, statement: Executable, row: str, value: str
     ) -> bool:
-        if self._execute(session, statement, {"_row": row, "_value": value}).rowcount:
+        if self._execute(connection, statement, {"_row": row, "_value": value}).rowcount:
             return True
         try:
-            with session.begin_nested():
-                self._execute(session, self._insert, {"_row": row, "_value": value})
+            with connection.begin_nested():
+                self._execute(connection, self._insert, {"_row": row, "_value": value})
         except IntegrityError:
             return False
         return True

@@ -17,16 +17,19 @@ from contextlib import asynccontextmanager, contextmanager
 from contextvars import Context
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import anyio
 from aiogram.fsm.storage.base import BaseEventIsolation, StorageKey
 from anyio.lowlevel import RunVar
-from sqlalchemy.orm import Session
+from sqlalchemy import Connection
 from tenacity import AsyncRetrying, retry_if_result, wait_random_exponential
 
 from ._leases import Leases
 from ._retries import in_short, logger, persist
 from ._runners import Runner, completed
+
+T = TypeVar("T")
 
 _FIRST_PAUSE = 0.02  # seconds; the pauses between two looks at a lock grow from here
 _CHUNK = 500  # keys that one statement renews
@@ -131,15 +134,14 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         unanswered = False
         deadline = 0.0
 
-        def ask(session: Session) -> bool:
+        def ask(connection: Connection) -> bool:
             nonlocal unanswered, deadline
             unanswered, deadline = True, time.monotonic() + self._lease
-            return self._leases.acquire(session, row, here.owner, self._lease)
+            return self._leases.acquire(connection, row, here.owner, self._lease)
 
         async def attempt() -> bool:
             nonlocal unanswered
-            run = partial(self._runner.run, ask, atomic=False)
-            taken = await persist(run, self._retry_for, f"locking {row!r}")
+            taken = await persist(partial(self._execute, ask), self._retry_for, f"locking {row!r}")
             unanswered = False
             return taken
 
@@ -161,9 +163,8 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         try:
             await persist(
                 partial(
-                    self._runner.run,
-                    lambda session: self._leases.release(session, row, here.owner),
-                    atomic=False,
+                    self._execute,
+                    lambda connection: self._leases.release(connection, row, here.owner),
                 ),
                 retry_for,
                 f"freeing the lock of {row!r}",
@@ -171,6 +172,9 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         except Exception as error:
             # The update has been handled; the lease ends by itself.
             logger.warning("could not free the lock of %r: %s", row, in_short(error))
+
+    async def _execute(self, operation: Callable[[Connection], T]) -> T:
+        return await self._runner.execute(operation, self._leases.to_write)
 
     def _schedule(self, here: _Here, pause: float) -> None:
         if here.timer is None:
@@ -191,9 +195,8 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         try:
             for start in range(0, len(rows), _CHUNK):
                 chunk = rows[start : start + _CHUNK]
-                kept = await self._runner.run(
-                    partial(self._leases.renew, rows=chunk, owner=here.owner, lease=self._lease),
-                    atomic=False,
+                kept = await self._execute(
+                    partial(self._leases.renew, rows=chunk, owner=here.owner, lease=self._lease)
                 )
                 for row in kept:
                     holds[row].deadline = before + self._lease

@@ -42,7 +42,8 @@ class Operations:
         :param key: the conversation's key
         :return: the state's name, None if there is none
         """
-        return self._rows.get_state(session, self._codec.row(key))
+        row = self._codec.row(key)
+        return self._rows.get_state(self._rows.to_read(session), row)
 
     def set_state(self, session: Session, key: StorageKey, state: StateType = None) -> None:
         """Set or remove the state of a conversation.
@@ -51,7 +52,8 @@ class Operations:
         :param key: the conversation's key
         :param state: the state or its name; None removes it
         """
-        self._rows.set_state(session, self._codec.row(key), self._codec.state(state))
+        row, name = self._codec.row(key), self._codec.state(state)
+        self._rows.set_state(self._rows.to_write(session), row, name)
 
     def get_data(self, session: Session, key: StorageKey) -> dict[str, Any]:
         """Return the data of a conversation.
@@ -60,7 +62,8 @@ class Operations:
         :param key: the conversation's key
         :return: the data, empty if there is none
         """
-        return self._codec.load(key, self._rows.get_data(session, self._codec.row(key)))
+        row = self._codec.row(key)
+        return self._codec.load(key, self._rows.get_data(self._rows.to_read(session), row))
 
     def set_data(self, session: Session, key: StorageKey, data: Mapping[str, Any]) -> None:
         """Replace the data of a conversation.
@@ -69,7 +72,8 @@ class Operations:
         :param key: the conversation's key
         :param data: the new data; an empty one removes it
         """
-        self._rows.set_data(session, self._codec.row(key), self._codec.dump(data))
+        row, text = self._codec.row(key), self._codec.dump(data)
+        self._rows.set_data(self._rows.to_write(session), row, text)
 
     @overload
     def get_value(self, session: Session, key: StorageKey, name: str) -> Any | None: ...
@@ -98,9 +102,10 @@ class Operations:
         changes = self._codec.dump(data)
         row = self._codec.row(key)
         if not changes:
-            return self._codec.load(key, self._rows.get_data(session, row))
-        text = self._rows.update_data(session, row, self._codec.merge(key, changes))
-        return self._codec.load(key, text)
+            return self._codec.load(key, self._rows.get_data(self._rows.to_read(session), row))
+        merge = self._codec.merge(key, changes)
+        self._rows.update_data(self._rows.to_write(session), row, merge)
+        return merge.data
 
     def clear(self, session: Session, key: StorageKey) -> None:
         """Remove state and data of a conversation.
@@ -108,4 +113,5 @@ class Operations:
         :param session: the session to write in
         :param key: the conversation's key
         """
-        self._rows.clear(session, self._codec.row(key))
+        row = self._codec.row(key)
+        self._rows.clear(self._rows.to_write(session), row)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeAlias, TypeVar, overload
 
 from aiogram.fsm.storage.base import BaseStorage, KeyBuilder, StateType, StorageKey
 from anyio import CapacityLimiter
-from sqlalchemy import URL, Engine, MetaData, Table, create_engine, inspect, make_url
+from sqlalchemy import URL, Connection, Engine, MetaData, Table, create_engine, inspect, make_url
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm import Session
 from sqlalchemy.orm import sessionmaker as sync_sessionmaker
 
 from ._codec import Codec, JsonDumps, JsonLoads
@@ -311,7 +310,8 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
         if not changes:
             return await self.get_data(key)
         merge = self._codec.merge(key, changes)
-        return self._codec.load(key, await self._write(self._rows.update_data, key, merge))
+        await self._write(self._rows.update_data, key, merge)
+        return merge.data
 
     async def clear(self, key: StorageKey) -> None:
         """Remove state and data of a conversation in one statement.
@@ -320,41 +320,46 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
         """
         await self._write(self._rows.clear, key)
 
-    async def _read(self, operation: Callable[[Session, str], T], key: StorageKey) -> T:
+    def _read(self, operation: Callable[[Connection, str], T], key: StorageKey) -> Awaitable[T]:
         row = self._codec.row(key)
-        return await self._run(lambda session: operation(session, row), row, writes=False)
+        return self._run(lambda connection: operation(connection, row), row, writes=False)
 
-    async def _write(
+    def _write(
         self,
-        operation: Callable[Concatenate[Session, str, P], T],
+        operation: Callable[Concatenate[Connection, str, P], T],
         key: StorageKey,
         *args: P.args,
         **kwargs: P.kwargs,
-    ) -> T:
+    ) -> Awaitable[T]:
         row = self._codec.row(key)
-        return await self._run(lambda session: operation(session, row, *args, **kwargs), row)
+        return self._run(lambda connection: operation(connection, row, *args, **kwargs), row)
 
-    async def _run(self, function: Callable[[Session], T], what: str, *, writes: bool = True) -> T:
-        try:
-            return await self._join(function)
-        except ScopeClosed:
-            return await self._run_alone(function, what, writes=writes)
-
-    async def _run_alone(
-        self, function: Callable[[Session], T], what: str, *, writes: bool = True
+    async def _run(
+        self, function: Callable[[Connection], T], what: str, *, writes: bool = True
     ) -> T:
-        return await persist(
-            partial(self._runner.run, function, writes=writes, atomic=False),
+        if self._scope.get() is not None:
+            connect = self._rows.to_write if writes else self._rows.to_read
+            try:
+                return await self._join(lambda session: function(connect(session)))
+            except ScopeClosed:
+                pass
+        return await self._run_alone(function, what, writes=writes)
+
+    def _run_alone(
+        self, function: Callable[[Connection], T], what: str, *, writes: bool = True
+    ) -> Awaitable[T]:
+        connect = self._rows.to_write if writes else self._rows.to_read
+        return persist(
+            partial(self._runner.execute, function, connect, writes=writes),
             self._retry_for,
             f"{'writing' if writes else 'reading'} {what!r} in table {self.table.fullname!r}",
         )
 
-    def _create_tables(self, session: Session) -> None:
-        connection = session.connection(self._rows.bind_arguments)
+    def _create_tables(self, connection: Connection) -> None:
         self.metadata.create_all(connection, tables=self._tables)
 
-    def _has_tables(self, session: Session) -> bool:
-        inspector = inspect(session.connection(self._rows.bind_arguments))
+    def _has_tables(self, connection: Connection) -> bool:
+        inspector = inspect(connection)
         return all(inspector.has_table(table.name, schema=table.schema) for table in self._tables)
 
 

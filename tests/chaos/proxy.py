@@ -112,6 +112,7 @@ class Proxy:
     async def _close(self) -> None:
         if self._listener is not None:
             self._listener.close()
+            await asyncio.sleep(0)  # who was accepted already is among the clients by then
         await self._reset()
 
     async def _reset(self) -> int:
@@ -160,6 +161,9 @@ class Proxy:
                 with suppress(OSError):
                     _socket(each).setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
                 each.transport.abort()
+        for each in writers:
+            with suppress(OSError):
+                await each.wait_closed()
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(_LITTLE if self._pause else _MUCH):
