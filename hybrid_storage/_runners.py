@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
@@ -80,7 +80,7 @@ class Runner:
         check_bind(bind, self._is_async)
         return session, bind
 
-    async def run(self, function: Callable[[Session], T]) -> T:
+    def run(self, function: Callable[[Session], T]) -> Awaitable[T]:
         """Call a function with a new session, commit, and close the session.
 
         Cancelled while it waits for its turn, it does nothing; cancelled later, it is finished
@@ -91,15 +91,15 @@ class Runner:
         """
         session, bind = self.open()
         work = partial(_in_session, synchronous(session), bind, function)
-        return await self._in_turn(session, bind, work)
+        return self._in_turn(session, bind, work)
 
-    async def execute(
+    def execute(
         self,
         function: Callable[[Connection], T],
         connect: Callable[[Session], Connection],
         *,
         writes: bool = True,
-    ) -> T:
+    ) -> Awaitable[T]:
         """Call a function with a connection, as :meth:`run` does with a session.
 
         :param function: gets a synchronous ``Connection``; its statements need no transaction
@@ -121,7 +121,7 @@ class Runner:
                 True,
                 self._bind_arguments,
             )
-        return await self._in_turn(session, bind, work, writes)
+        return self._in_turn(session, bind, work, writes)
 
     async def _in_turn(
         self, session: AnySession, bind: Bind, work: Callable[..., T], writes: bool = True

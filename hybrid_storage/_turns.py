@@ -47,9 +47,7 @@ class Turn:
             for limiter in self._limiters:
                 # On behalf of this turn, not of the task: that may hold a token of the
                 # application's limiter already.
-                try:
-                    limiter.acquire_on_behalf_of_nowait(self)
-                except WouldBlock:
+                if not _takes_at_once(limiter, self):
                     await limiter.acquire_on_behalf_of(self)
                 self._taken += 1
         except BaseException:
@@ -59,6 +57,14 @@ class Turn:
     async def __aexit__(self, *_: object) -> None:
         for limiter in self._limiters[: self._taken]:
             limiter.release_on_behalf_of(self)
+
+
+def _takes_at_once(limiter: CapacityLimiter, borrower: object) -> bool:
+    try:
+        limiter.acquire_on_behalf_of_nowait(borrower)
+    except WouldBlock:
+        return False
+    return True
 
 
 def turn(bind: Bind, writes: bool, limiter: CapacityLimiter | None) -> Turn:

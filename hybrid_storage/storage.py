@@ -334,19 +334,23 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
         row = self._codec.row(key)
         return self._run(lambda connection: operation(connection, row, *args, **kwargs), row)
 
-    async def _run(
+    def _run(
         self, function: Callable[[Connection], T], what: str, *, writes: bool = True
+    ) -> Awaitable[T]:
+        run = self._run_alone if self._scope.get() is None else self._run_in_scope
+        return run(function, what, writes)
+
+    async def _run_in_scope(
+        self, function: Callable[[Connection], T], what: str, writes: bool
     ) -> T:
-        if self._scope.get() is not None:
-            connect = self._rows.to_write if writes else self._rows.to_read
-            try:
-                return await self._join(lambda session: function(connect(session)))
-            except ScopeClosed:
-                pass
-        return await self._run_alone(function, what, writes=writes)
+        connect = self._rows.to_write if writes else self._rows.to_read
+        try:
+            return await self._join(lambda session: function(connect(session)))
+        except ScopeClosed:
+            return await self._run_alone(function, what, writes)
 
     def _run_alone(
-        self, function: Callable[[Connection], T], what: str, *, writes: bool = True
+        self, function: Callable[[Connection], T], what: str, writes: bool = True
     ) -> Awaitable[T]:
         connect = self._rows.to_write if writes else self._rows.to_read
         return persist(
