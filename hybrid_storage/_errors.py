@@ -16,6 +16,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 _MISSING_TABLE = {"42P01", "42703", "42S02", "42S22"}
 _MISSING_IN_SQLITE = re.compile(r"no such (table|column)|table .* has no column")
 
+_LOST_STATEMENT = "26000"  # behind a pooler: it was prepared on another server
+
 _TRANSIENT_CLASSES = {
     "08",  # connection exceptions
     "40",  # transaction rollback: serialization failures, deadlocks
@@ -26,7 +28,7 @@ _TRANSIENT = {
     "57P01",  # the server, or this connection, is shut down
     "57P02",  # the server crashed
     "57P03",  # the server starts up
-    "26000",  # behind a pooler, a prepared statement met another server
+    _LOST_STATEMENT,
     "25006",  # the server turned read-only, as the old primary does in a failover
 }
 _TRANSIENT_IN_MYSQL = {
@@ -54,6 +56,14 @@ def is_missing_table(error: DBAPIError) -> bool:
     return _sqlstate(error) in _MISSING_TABLE or (
         bool(_MISSING_IN_SQLITE.match(str(error.orig))) if _is_sqlite(error) else False
     )
+
+
+def is_lost_statement(error: DBAPIError) -> bool:
+    """Tell whether a pooler sent a prepared statement to a server that has not prepared it.
+
+    :param error: the error, as SQLAlchemy wraps it
+    """
+    return _sqlstate(error) == _LOST_STATEMENT
 
 
 def is_transient(error: BaseException) -> bool:

@@ -18,13 +18,16 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from weakref import WeakSet
 
 from anyio import CancelScope, CapacityLimiter, to_thread
 from anyio.lowlevel import RunVar
 from sqlalchemy import Connection, Engine
 from sqlalchemy.dialects.postgresql.base import PGDialect
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
+from ._errors import is_lost_statement
 from ._factories import check_bind, is_plain
 from ._turns import Bind, alone, is_exhausted, spare_turn, turn
 
@@ -40,6 +43,10 @@ _any_number: RunVar[CapacityLimiter] = RunVar("any_number")
 
 
 _AUTOCOMMIT = {"isolation_level": "AUTOCOMMIT"}
+
+# Behind a pooler that changes servers between transactions, a driver that prepares a statement and
+# runs it afterwards needs a transaction around both. It turns out when the statement is not there.
+_in_transactions: WeakSet[Engine] = WeakSet()
 
 
 class _PoolExhausted(Exception):
@@ -132,6 +139,10 @@ class Runner:
             except _PoolExhausted:
                 async with spare_turn(bind):
                     return await carry(session, partial(work, spare=True))
+            except DBAPIError as error:
+                if is_lost_statement(error):
+                    _in_transactions.add(bind.engine)
+                raise
 
     def _plain_session(self) -> AnySession | None:
         """Return a session of the factory's if one would do no more than open a connection.
@@ -288,6 +299,7 @@ def _autocommits(bind: Bind, session: Session | None = None) -> bool:
     return (
         isinstance(bind, Engine)
         and isinstance(bind.dialect, PGDialect)
+        and bind not in _in_transactions
         and not bind.dispatch.begin
         and (session is None or not (session.twophase or session.dispatch.after_begin))
     )

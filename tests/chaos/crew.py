@@ -19,7 +19,7 @@ from sqlalchemy.pool import NullPool
 
 from .writer import STATE, TWIN, Job, work
 
-SECONDS = float(os.environ.get("HYBRID_STORAGE_CHAOS_SECONDS", "6"))
+SECONDS = float(os.environ.get("HYBRID_STORAGE_CHAOS_SECONDS", "3"))
 """How long a scenario injects faults for."""
 _PATIENCE = 60  # seconds for what takes one or two
 

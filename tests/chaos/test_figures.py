@@ -40,7 +40,7 @@ def test_load_of_memory_storage(report: Report) -> None:
 def figures_of(name: str, url: str | None, report: Report) -> None:
     """Measure in a process of its own, and print the figures."""
     ours, theirs = context.Pipe(duplex=False)
-    conversations = 1_000 if SECONDS > 3 else 100
+    conversations = 1_000 if SECONDS >= 3 else 100
     table = f"load_{uuid.uuid4().hex}"
     process = context.Process(target=measure, args=(url, table, conversations, theirs))
     process.start()

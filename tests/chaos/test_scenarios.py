@@ -16,6 +16,7 @@ from .conftest import Scenario
 from .drivers import BEHIND_PGBOUNCER, BY_SQLALCHEMYS_RECIPE, DRIVERS, TIMEOUTS, Options
 from .proxy import Proxy
 from .servers import PGBOUNCER, SERVERS, Server
+from .writer import CLIENTS
 
 
 def hire(
@@ -151,3 +152,20 @@ def test_pooler_killed(
         server.start()
     outcome = scenario.judge(postgresql_server.url, faults)
     assert outcome.retried > 0
+
+
+@pytest.mark.parametrize("server", ["pgbouncer"] * bool(PGBOUNCER), indirect=True)
+def test_pooler_mixes_statements(
+    scenario: Scenario, server: Server, postgresql_server: Server
+) -> None:
+    """Without a fault: a driver prepares a statement on one server and runs it on another.
+
+    It does so once. From then on the storage wraps its statements into transactions.
+    """
+    url = server.url.set(drivername="postgresql+asyncpg")
+    for _ in range(3):
+        scenario.hire(url, connect_args=BY_SQLALCHEMYS_RECIPE["asyncpg"])
+    for _ in scenario.at_work():
+        time.sleep(0.2)
+    outcome = scenario.judge(postgresql_server.url, faults=1)
+    assert 0 < outcome.retried <= 3 * CLIENTS
