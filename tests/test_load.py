@@ -101,7 +101,8 @@ async def test_the_application_gets_its_threads_while_ours_are_all_busy(
     with locking:
         storage.operations.set_state(locking, key_of(0), "locked")
         waiting = [asyncio.ensure_future(storage.set_state(key_of(0), str(n))) for n in range(size)]
-        while bind.pool.checkedout() < size:  # one of them is ours; the last call waits for that
+        # One of the connections is ours; the last call waits for that.
+        while bind.pool.checkedout() < size:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         with anyio.fail_after(30):
             assert await to_thread.run_sync(lambda: "a thread") == "a thread"
