@@ -16,7 +16,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +75,7 @@ class Telegram:
         self._client = client
         self._urls = urls
         self._posted: Counter[int] = Counter()  # by user
-        #: how many updates were answered by an error, and posted again for that
+        #: how often an update was answered by an error, or not at all, and posted again for that
         self.resent = 0
 
     async def post(self, update: dict[str, Any]) -> str | None:
@@ -89,9 +89,10 @@ class Telegram:
         while True:
             self._posted[user] += 1
             url = self._urls[self._posted[user] % len(self._urls)]
-            async with self._client.post(url, json=update) as response:
-                if response.status == 200:
-                    return await self._text(response)
+            with suppress(aiohttp.ClientError):  # the worker is dead, or died before it answered
+                async with self._client.post(url, json=update) as response:
+                    if response.status == 200:
+                        return await self._text(response)
             self.resent += 1
             await asyncio.sleep(0.1)
 
