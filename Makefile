@@ -1,6 +1,7 @@
 # make demo    a bot on embedded SQLite, end to end
+# make shop    a Flask shop with a bot: its pages in a browser, the chat in the terminal
 # make test    all tests, on SQLite and PostgreSQL, and on MariaDB where one answers
-# make chaos   servers are killed and networks cut while processes write; prints figures, 5 minutes
+# make chaos   servers are killed and networks cut while processes write; prints figures, 4 minutes
 # make bench   everything that a user would pick instead, side by side; prints figures
 # make lint    ruff, mypy --strict, pyright
 # Everything is installed into .venv; PYTHON names the interpreter it is made with.
@@ -10,10 +11,13 @@ VENV ?= .venv
 EXTRA ?= test
 BIN := $(VENV)/bin
 
-.PHONY: demo test chaos bench lint clean
+.PHONY: demo shop test chaos bench lint clean
 
 demo: $(VENV)/aiosqlite.installed
 	$(BIN)/python examples/demo.py
+
+shop: $(VENV)/shop.installed
+	PYTHONPATH=examples $(BIN)/python -m legacy_shop
 
 test: $(VENV)/$(EXTRA).installed
 	$(BIN)/python -m pytest --numprocesses 2 $(TESTS)

@@ -13,15 +13,6 @@ from sqlalchemy.pool import SingletonThreadPool
 if TYPE_CHECKING:
     from ._runners import AnySession
 
-_TRANSACTION_EVENTS = (
-    "after_begin",
-    "after_commit",
-    "after_rollback",
-    "after_soft_rollback",
-    "after_transaction_create",
-    "after_transaction_end",
-    "before_commit",
-)
 _ASYNC = "an async_sessionmaker"
 _PASS = "pass a sessionmaker or an async_sessionmaker (or a scoped one)"
 
@@ -79,10 +70,9 @@ def check_bind(bind: object, is_async: bool) -> None:
 
 
 def is_plain(session: AnySession, factory: object) -> bool:
-    """Tell whether a session does no more than open transactions on connections of one engine.
+    """Tell whether a factory's sessions are SQLAlchemy's own, with one engine for everything.
 
-    It does not where the application has a class of its own, binds for some of its models, or
-    listens to what becomes of transactions.
+    Where nobody listens to their transactions either, they do no more than open connections.
 
     :param session: a session that the factory has made
     :param factory: an unscoped factory
@@ -102,7 +92,23 @@ def is_plain(session: AnySession, factory: object) -> bool:
         and isinstance(inner.bind, Engine)
         and not getattr(factory, "kw", {}).get("binds")
         and not inner.twophase
-        and not any(getattr(inner.dispatch, event) for event in _TRANSACTION_EVENTS)
+    )
+
+
+def has_listeners(session: Session) -> bool:
+    """Tell whether the application has something to do when transactions begin or end.
+
+    :param session: a session that the factory has made; listeners may have come since
+    """
+    events = session.dispatch
+    return bool(
+        events.after_begin
+        or events.before_commit
+        or events.after_commit
+        or events.after_rollback
+        or events.after_soft_rollback
+        or events.after_transaction_create
+        or events.after_transaction_end
     )
 
 

@@ -6,6 +6,7 @@ Whoever waits here waits without a thread, without the pool's time-out, and can 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeAlias
 from weakref import WeakKeyDictionary
@@ -77,11 +78,11 @@ def turn(bind: Bind, writes: bool, limiter: CapacityLimiter | None) -> Turn:
     limiters = []
     if writes and isinstance(bind.dialect, SQLiteDialect):
         # Writers would otherwise sleep in SQLite's busy handler, which wakes up far too late.
-        limiters.append(_limiter(_writers, bind, 1))
+        limiters.append(_limiter(_writers, bind, _one))
     if limiter is not None:
         limiters.append(limiter)
     if limiter is None or _is_shared(bind):
-        limiters.append(_limiter(_calls, bind, capacity(bind)))
+        limiters.append(_limiter(_calls, bind, capacity))
     return Turn(*limiters)
 
 
@@ -92,7 +93,7 @@ def long_turn(bind: Bind) -> Turn:
     """
     # Calls outside the transaction must go on meanwhile, unless they share its connection.
     limiters = _calls if _is_shared(bind) else _transactions
-    return Turn(_limiter(limiters, bind, capacity(bind)))
+    return Turn(_limiter(limiters, bind, capacity))
 
 
 def spare_turn(bind: Bind) -> Turn:
@@ -100,7 +101,7 @@ def spare_turn(bind: Bind) -> Turn:
 
     :param bind: the engine whose pool is exhausted
     """
-    return Turn(_limiter(_spares, bind, 1))
+    return Turn(_limiter(_spares, bind, _one))
 
 
 def alone(bind: Bind) -> AbstractContextManager[object]:
@@ -155,7 +156,11 @@ def _resource(bind: Bind) -> Pool | Connection:
     return bind if isinstance(bind, Connection) else bind.pool
 
 
-def _limiter(limiters: Limiters, bind: Bind, tokens: int) -> CapacityLimiter:
+def _one(_: Bind) -> int:
+    return 1
+
+
+def _limiter(limiters: Limiters, bind: Bind, tokens: Callable[[Bind], int]) -> CapacityLimiter:
     here = limiters.get(None)
     if here is None:
         here = WeakKeyDictionary()
@@ -163,5 +168,5 @@ def _limiter(limiters: Limiters, bind: Bind, tokens: int) -> CapacityLimiter:
     resource = _resource(bind)
     limiter = here.get(resource)
     if limiter is None:
-        limiter = here[resource] = CapacityLimiter(tokens)
+        limiter = here[resource] = CapacityLimiter(tokens(bind))
     return limiter

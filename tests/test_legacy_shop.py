@@ -560,7 +560,7 @@ def test_the_command_serves_the_shop_and_answers_as_the_readme_has_it(shop: None
     found = re.search(r"<!-- run -->\n```text\n(.*?)```", README, re.DOTALL)
     assert found is not None
     transcript = found[1]
-    assert "python -m legacy_shop\n" in README
+    assert "make shop\n" in README
     with subprocess.Popen(
         [sys.executable, "-m", "legacy_shop"],
         stdin=subprocess.PIPE,
