@@ -1,0 +1,81 @@
+"""The benchmark runs, and counts the round trips that are promised. No times are asserted."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.results import Results
+
+ROOT = Path(__file__).parents[1]
+SECTIONS = {"operations", "bots", "network", "rows", "data"}
+ROUND_TRIPS = {
+    "get_state": 1,
+    "get_data": 1,
+    "set_state": 1,
+    "set_data": 1,
+    "update_data": 2,
+    "step": 5,
+    "FSMContext.clear": 3,
+    "storage.clear": 1,
+}
+
+
+def run(*arguments: str) -> str:
+    """Run the benchmark's command, and return what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder that a run of everything has written to."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    run("--smoke", "--out", str(folder))
+    return folder
+
+
+def test_every_section_is_measured_and_nothing_of_ours_fails(out: Path) -> None:
+    results = Results.load(out / "results.json")
+    assert {cell.section for cell in results.cells} == SECTIONS
+    assert set(results.memory) > {"hybrid asyncpg", "hybrid psycopg (threads)"}
+    failed = {
+        (name, cell, figures.failure)
+        for cell, contenders in results.cells.items()
+        for name, figures in contenders.items()
+        if figures.failure and name.startswith(("hybrid", "floor"))
+    }
+    assert failed == set()
+
+
+@pytest.mark.parametrize(
+    "contender", ["hybrid asyncpg", "hybrid psycopg (threads)", "hybrid psycopg (async)"]
+)
+def test_an_operation_takes_the_round_trips_that_are_promised(out: Path, contender: str) -> None:
+    counted = Results.load(out / "results.json").trips[contender]
+    assert {work: trips for work, (_, trips) in counted.items()} == ROUND_TRIPS
+
+
+def test_tables_and_plots_are_written(out: Path) -> None:
+    tables = (out / "tables.md").read_text()
+    assert "Goals" in tables
+    assert "Statements / round trips" in tables
+    plots = list(out.glob("*.svg"))
+    assert {"network.svg", "rows.svg", "data.svg"} <= {plot.name for plot in plots}
+    assert all("</svg>" in plot.read_text() for plot in plots)
+
+
+def test_the_figures_of_an_earlier_run_are_shown_again(out: Path, tmp_path: Path) -> None:
+    assert "Goals" in run("--read", str(out / "results.json"), "--out", str(tmp_path))
+    assert (tmp_path / "tables.md").read_text() == (out / "tables.md").read_text()
