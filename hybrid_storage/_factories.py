@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 from sqlalchemy import URL, Connection, Engine
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import Session
 from sqlalchemy.pool import SingletonThreadPool
 
 if TYPE_CHECKING:
@@ -67,49 +67,6 @@ def check_bind(bind: object, is_async: bool) -> None:
             "in memory and share it, with poolclass=QueuePool and the URL "
             "'sqlite:///file:NAME?mode=memory&cache=shared&uri=true&check_same_thread=false'"
         )
-
-
-def is_plain(session: AnySession, factory: object) -> bool:
-    """Tell whether a factory's sessions are SQLAlchemy's own, with one engine for everything.
-
-    Where nobody listens to their transactions either, they do no more than open connections.
-
-    :param session: a session that the factory has made
-    :param factory: an unscoped factory
-    """
-    inner = session if isinstance(session, Session) else session.sync_session
-    kinds: tuple[type, ...] = (sessionmaker, Session)
-    if inner is not session:
-        from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-
-        if type(inner) is not Session:
-            return False
-        kinds = (sessionmaker, async_sessionmaker, AsyncSession)
-    # A sessionmaker makes a class of its own from the one that it is given.
-    return (
-        type(factory) in kinds
-        and (type(session) in kinds or type(session).__bases__[0] in kinds)
-        and isinstance(inner.bind, Engine)
-        and not getattr(factory, "kw", {}).get("binds")
-        and not inner.twophase
-    )
-
-
-def has_listeners(session: Session) -> bool:
-    """Tell whether the application has something to do when transactions begin or end.
-
-    :param session: a session that the factory has made; listeners may have come since
-    """
-    events = session.dispatch
-    return bool(
-        events.after_begin
-        or events.before_commit
-        or events.after_commit
-        or events.after_rollback
-        or events.after_soft_rollback
-        or events.after_transaction_create
-        or events.after_transaction_end
-    )
 
 
 def _is_async_session(made: type) -> bool:

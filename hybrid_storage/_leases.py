@@ -11,8 +11,6 @@ from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
-    Connection,
-    CursorResult,
     Dialect,
     Double,
     Executable,
@@ -37,7 +35,8 @@ from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.orm import Session
 
 from ._rows import execute
-from ._upsert import telling, wrote
+from ._statements import Answer, Executor
+from ._upsert import telling
 
 
 class Leases:
@@ -59,47 +58,45 @@ class Leases:
         self._delete = delete(table).where(table.c.id == bindparam("_row"), mine)
         self.renew_mine: Update = update(table).where(these, mine)
 
-    def to_write(self, session: Session) -> Connection:
-        """Return the connection by which a session would change the table."""
-        return session.connection({**self._bind_arguments, "clause": self._delete})
+    def to_write(self, session: Session) -> Executor:
+        """Return what runs statements where a session would change the table."""
+        return Executor(session.connection({**self._bind_arguments, "clause": self._delete}))
 
-    def acquire(self, connection: Connection, row: str, owner: str, lease: float) -> bool:
+    def acquire(self, executor: Executor, row: str, owner: str, lease: float) -> bool:
         """Take a lease unless another owner has it and its time is not over.
 
         :return: whether it is the owner's now
         """
-        dialect = self._dialect(connection)
+        dialect = self._dialect(executor)
         parameters = {"_row": row, "_owner": owner, "_lease": lease}
-        result = self._execute(connection, dialect.acquire, parameters)
+        answer = self._execute(executor, dialect.acquire, parameters)
         if dialect.tells:
-            return wrote(result)
-        return bool(self._execute(connection, self._select_owner, {"_row": row}).scalar() == owner)
+            return answer.found()
+        return bool(self._execute(executor, self._select_owner, {"_row": row}).scalar() == owner)
 
-    def renew(
-        self, connection: Connection, rows: Sequence[str], owner: str, lease: float
-    ) -> set[str]:
+    def renew(self, executor: Executor, rows: Sequence[str], owner: str, lease: float) -> set[str]:
         """Begin the time of an owner's leases anew.
 
         :return: those of the rows that are the owner's still
         """
         parameters = {"_rows": rows, "_owner": owner, "_lease": lease}
-        renewed = self._execute(connection, self._dialect(connection).renew, parameters).rowcount
+        renewed = self._execute(executor, self._dialect(executor).renew, parameters).count
         if renewed == len(rows):
             return set(rows)
-        found = self._execute(connection, self._select_mine, {"_rows": rows, "_owner": owner})
-        return set(found.scalars())
+        found = self._execute(executor, self._select_mine, {"_rows": rows, "_owner": owner})
+        return {row for (row,) in found.rows or ()}
 
-    def release(self, connection: Connection, row: str, owner: str) -> None:
+    def release(self, executor: Executor, row: str, owner: str) -> None:
         """Free a lease, if it is the owner's still."""
-        self._execute(connection, self._delete, {"_row": row, "_owner": owner})
+        self._execute(executor, self._delete, {"_row": row, "_owner": owner})
 
     def _execute(
-        self, connection: Connection, statement: Executable, parameters: dict[str, Any]
-    ) -> CursorResult[Any]:
-        return execute(connection, statement, parameters, self._table)
+        self, executor: Executor, statement: Executable, parameters: dict[str, Any]
+    ) -> Answer:
+        return execute(executor, statement, parameters, self._table)
 
-    def _dialect(self, connection: Connection) -> _Dialect:
-        used = connection.dialect
+    def _dialect(self, executor: Executor) -> _Dialect:
+        used = executor.dialect
         dialect = self._dialects.get(type(used))
         if dialect is None:
             dialect = self._dialects[type(used)] = _Dialect(self, self._table, used)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Connection, Dialect, Table, literal_column, select
+from sqlalchemy import Dialect, Table, literal_column, select
 from sqlalchemy.dialects.mysql.base import MySQLDialect
 from sqlalchemy.dialects.postgresql.base import PGDialect
+
+from ._statements import Executor
 
 _LARGE = 100_000  # characters, which may be a million bytes: the least that MySQL takes at once
 _POSTGRESQL_KEY = 2600  # characters; an index has room for a third of a page of 8 KiB, or more
@@ -58,10 +60,10 @@ class Limits:
                 "the row of the key without them: use a key builder that escapes blanks"
             )
 
-    def check(self, connection: Connection, parameters: dict[str, Any]) -> None:
+    def check(self, executor: Executor, parameters: dict[str, Any]) -> None:
         """Refuse texts that the database does not take.
 
-        :param connection: where they are to be sent
+        :param executor: what is to send them
         :param parameters: the texts that a statement sends
         :raises ValueError: if one holds what PostgreSQL cannot, or all are too much for MySQL
         """
@@ -75,7 +77,7 @@ class Limits:
         if self._is_mysql:
             # It would drop the connection as if it had failed. The drivers send texts quoted, with
             # a backslash before each of these characters.
-            packet = connection.scalar(_PACKET)
+            packet = executor.execute(_PACKET, {}).scalar()
             size = sum(len(text) + sum(map(text.count, (b'"', b"'", b"\\"))) for text in texts)
             if size + 1024 > packet:
                 raise ValueError(

@@ -11,25 +11,25 @@ the cancellation goes on afterwards: a write left behind in a thread could land 
 
 from __future__ import annotations
 
-import asyncio
-import math
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from concurrent.futures import Future
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from weakref import WeakSet
 
-from anyio import CancelScope, CapacityLimiter, to_thread
-from anyio.lowlevel import RunVar
+from anyio import CapacityLimiter
 from sqlalchemy import Connection, Engine
 from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
+from ._cancellation import completed
 from ._errors import is_lost_statement
-from ._factories import check_bind, has_listeners, is_plain
-from ._turns import Bind, alone, is_exhausted, spare_turn, turn
+from ._factories import check_bind
+from ._plain import Plain, plain
+from ._statements import Executor, Unclear
+from ._threads import in_thread
+from ._turns import Bind, alone, crew, crew_turn, is_exhausted, spare_turn, turn
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -37,10 +37,6 @@ if TYPE_CHECKING:
     AnySession: TypeAlias = Session | AsyncSession
 
 T = TypeVar("T")
-
-# How many threads there are is for turn() to decide; anyio's default limiter is the application's.
-_any_number: RunVar[CapacityLimiter] = RunVar("any_number")
-
 
 _AUTOCOMMIT = {"isolation_level": "AUTOCOMMIT"}
 
@@ -74,7 +70,7 @@ class Runner:
         self._is_async = is_async
         self._bind_arguments = bind_arguments
         self._limiter = limiter
-        self._plain: AnySession | None = None
+        self._plain: Plain | None = None
         self._settings: dict[str, Any] | None = None
 
     def open(self) -> tuple[AnySession, Bind]:
@@ -102,22 +98,22 @@ class Runner:
 
     def execute(
         self,
-        function: Callable[[Connection], T],
-        connect: Callable[[Session], Connection],
+        function: Callable[[Executor], T],
+        connect: Callable[[Session], Executor],
         *,
         writes: bool = True,
     ) -> Awaitable[T]:
-        """Call a function with a connection, as :meth:`run` does with a session.
+        """Have a function run statements, as :meth:`run` does with a session.
 
-        :param function: gets a synchronous ``Connection``; its statements need no transaction
-        :param connect: gives the connection that the function is to get of a session
+        :param function: gets a synchronous executor; its statements need no transaction
+        :param connect: gives the executor that the function is to get of a session
         :param writes: False if the function only reads
         :return: what the function returns
         """
-        session = self._plain_session()
-        if session is not None:
-            bind = synchronous(session).get_bind()
-            work = partial(_on_connection, bind, function, writes)
+        plain = self._plain_here()
+        if plain is not None:
+            session, bind = plain.session, plain.engine
+            work = partial(_on_connection, plain, function, writes)
         else:
             session, bind = self.open()
             work = partial(
@@ -128,7 +124,21 @@ class Runner:
                 True,
                 self._bind_arguments,
             )
-        return self._in_turn(session, bind, work, writes)
+        if self._is_async:
+            return self._in_turn(session, bind, work, writes)
+        return self._by_crew(session, bind, work, writes)
+
+    async def _by_crew(
+        self, session: AnySession, bind: Bind, work: Callable[..., T], writes: bool
+    ) -> T:
+        async with crew_turn(bind, self._limiter):
+            try:
+                return await crew(bind, writes).do(work)
+            except _PoolExhausted:
+                return await self._by_spare(session, bind, work)
+            except DBAPIError as error:
+                _look_for_pooler(bind, error)
+                raise
 
     async def _in_turn(
         self, session: AnySession, bind: Bind, work: Callable[..., T], writes: bool = True
@@ -137,24 +147,26 @@ class Runner:
             try:
                 return await carry(session, work)
             except _PoolExhausted:
-                async with spare_turn(bind):
-                    return await carry(session, partial(work, spare=True))
+                return await self._by_spare(session, bind, work)
             except DBAPIError as error:
-                if is_lost_statement(error):
-                    _in_transactions.add(bind.engine)
+                _look_for_pooler(bind, error)
                 raise
 
-    def _plain_session(self) -> AnySession | None:
-        """Return a session of the factory's if it would do no more than open a connection.
+    async def _by_spare(self, session: AnySession, bind: Bind, work: Callable[..., T]) -> T:
+        async with spare_turn(bind):
+            return await carry(session, partial(work, spare=True))
+
+    def _plain_here(self) -> Plain | None:
+        """Return what there is to use if a session would do no more than open a connection.
 
         To go without one saves the making and closing of a session in each call.
         """
         settings = getattr(self._factory, "kw", None)
         if settings is not None and settings != self._settings:  # configure() may change them
             session, _ = self.open()
-            self._plain = session if is_plain(session, self._factory) else None
+            self._plain = plain(session, self._factory)
             self._settings = dict(settings)
-        if self._plain is None or has_listeners(synchronous(self._plain)):
+        if self._plain is None or self._plain.is_listened_to():
             return None
         return self._plain
 
@@ -185,60 +197,6 @@ async def _in_greenlet(session: AsyncSession, work: Callable[[], T]) -> T:
     return await completed(session.run_sync(lambda _: work()))
 
 
-async def in_thread(work: Callable[[], T]) -> T:
-    """Do the work in a worker thread, without taking one of the application's.
-
-    :param work: once begun, it is finished, then cancelled
-    :return: what it returns
-    """
-    outcome: Future[T] = Future()
-
-    def job() -> None:
-        if outcome.set_running_or_notify_cancel():
-            try:
-                outcome.set_result(work())
-            except BaseException as error:
-                outcome.set_exception(error)
-
-    limiter = _any_number.get(None)
-    if limiter is None:
-        limiter = CapacityLimiter(math.inf)
-        _any_number.set(limiter)
-    try:
-        await to_thread.run_sync(job, limiter=limiter)
-    except asyncio.CancelledError:
-        if not outcome.cancel():
-            await _ended(asyncio.wrap_future(outcome))
-        raise
-    return outcome.result()
-
-
-async def completed(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Complete a coroutine, whatever cancels the caller meanwhile; then let that go on.
-
-    :param coroutine: is run in a task of its own
-    :return: what it returns
-    """
-    task = asyncio.ensure_future(coroutine)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await _ended(task)
-        raise
-
-
-async def _ended(future: asyncio.Future[Any]) -> None:
-    """Wait for the end of a future, however often the caller is cancelled meanwhile."""
-    with CancelScope(shield=True):
-        while not future.done():
-            try:
-                await asyncio.wait([future])
-            except asyncio.CancelledError:
-                continue
-    if not future.cancelled():
-        future.exception()  # looked at, or asyncio logs that nobody did
-
-
 def _in_session(
     session: Session,
     bind: Bind,
@@ -259,14 +217,28 @@ def _in_session(
 
 
 def _on_connection(
-    bind: Bind, function: Callable[[Connection], T], writes: bool, spare: bool = False
+    plain: Plain, function: Callable[[Executor], T], writes: bool, spare: bool = False
 ) -> T:
+    engine = plain.engine
     if not spare:
-        _check_pool(bind)
-    with alone(bind), _spare_connection(bind) if spare else bind.engine.connect() as connection:
-        if _autocommits(bind):
-            return function(connection.execution_options(**_AUTOCOMMIT))
-        result = function(connection)
+        _check_pool(engine)
+    autocommits = _autocommits(engine)
+    with alone(engine), _spare_connection(engine) if spare else engine.connect() as connection:
+        kind = plain.executor()
+        if kind is not None and (autocommits or not isinstance(engine.dialect, PGDialect)):
+            try:
+                executor = kind(connection, plain.texts)
+                if autocommits:
+                    return executor.autocommitting(function)
+                result = function(executor)
+                if writes:
+                    executor.commit()
+                return result
+            except Unclear:
+                pass
+        if autocommits:
+            return function(Executor(connection.execution_options(**_AUTOCOMMIT)))
+        result = function(Executor(connection))
         if writes:
             connection.commit()
         return result
@@ -288,6 +260,11 @@ def _spare_connection(bind: Bind) -> Iterator[Connection]:
             yield connection
     finally:
         pool.dispose()
+
+
+def _look_for_pooler(bind: Bind, error: DBAPIError) -> None:
+    if is_lost_statement(error):
+        _in_transactions.add(bind.engine)
 
 
 def _autocommits(bind: Bind, session: Session | None = None) -> bool:

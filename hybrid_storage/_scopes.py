@@ -16,7 +16,8 @@ from anyio import Lock
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.orm import Session, SessionTransaction
 
-from ._runners import carry, completed, synchronous
+from ._cancellation import completed
+from ._runners import carry, synchronous
 
 if TYPE_CHECKING:
     from ._runners import AnySession

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
 
 from anyio import CapacityLimiter, WouldBlock
@@ -17,16 +17,21 @@ from sqlalchemy import Connection, Engine, Pool
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.pool import AssertionPool, QueuePool, StaticPool
 
+from ._threads import Crew
+
 Bind: TypeAlias = Engine | Connection
-Limiters: TypeAlias = RunVar[WeakKeyDictionary[object, CapacityLimiter]]
+R = TypeVar("R")
+Registry: TypeAlias = RunVar[WeakKeyDictionary[object, R]]
 
 _UNLIMITED = 40  # calls at a time on a pool that sets no limit of its own
 
-# Limiters belong to an event loop, and serve all storages on the same pool.
-_calls: Limiters = RunVar("calls")
-_transactions: Limiters = RunVar("transactions")
-_writers: Limiters = RunVar("writers")
-_spares: Limiters = RunVar("spares")
+# These belong to an event loop, and serve all storages on the same pool.
+_calls: Registry[CapacityLimiter] = RunVar("calls")
+_transactions: Registry[CapacityLimiter] = RunVar("transactions")
+_writers: Registry[CapacityLimiter] = RunVar("writers")
+_spares: Registry[CapacityLimiter] = RunVar("spares")
+_working: Registry[Crew] = RunVar("working")
+_writing: Registry[Crew] = RunVar("writing")
 
 _locks: WeakKeyDictionary[object, threading.Lock] = WeakKeyDictionary()
 _locks_guard = threading.Lock()
@@ -69,7 +74,7 @@ def _takes_at_once(limiter: CapacityLimiter, borrower: object) -> bool:
 
 
 def turn(bind: Bind, writes: bool, limiter: CapacityLimiter | None) -> Turn:
-    """Return a turn at the database for a call.
+    """Return a turn at the database for a call by a connection of its own.
 
     :param bind: the engine, or the connection, that the call will use
     :param writes: whether the call writes; SQLite takes one writer at a time
@@ -78,12 +83,35 @@ def turn(bind: Bind, writes: bool, limiter: CapacityLimiter | None) -> Turn:
     limiters = []
     if writes and isinstance(bind.dialect, SQLiteDialect):
         # Writers would otherwise sleep in SQLite's busy handler, which wakes up far too late.
-        limiters.append(_limiter(_writers, bind, _one))
+        limiters.append(_here(_writers, bind, _one))
     if limiter is not None:
         limiters.append(limiter)
     if limiter is None or _is_shared(bind):
-        limiters.append(_limiter(_calls, bind, capacity))
+        limiters.append(_here(_calls, bind, _limiter))
     return Turn(*limiters)
+
+
+def crew_turn(bind: Bind, limiter: CapacityLimiter | None) -> Turn:
+    """Return a turn at the database for a call that a crew does, which limits calls by itself.
+
+    :param bind: the engine, or the connection, that the call will use
+    :param limiter: the limiter to use besides
+    """
+    limiters = [] if limiter is None else [limiter]
+    if _is_shared(bind):
+        limiters.append(_here(_calls, bind, _limiter))
+    return Turn(*limiters)
+
+
+def crew(bind: Bind, writes: bool) -> Crew:
+    """Return the workers for a call: as many as there are connections.
+
+    :param bind: the engine, or the connection, that the call will use
+    :param writes: whether the call writes; SQLite takes one writer at a time
+    """
+    if isinstance(bind.dialect, SQLiteDialect) and capacity(bind) > 1:
+        return _here(_writing, bind, _one_worker) if writes else _here(_working, bind, _readers)
+    return _here(_working, bind, _workers)
 
 
 def long_turn(bind: Bind) -> Turn:
@@ -93,7 +121,7 @@ def long_turn(bind: Bind) -> Turn:
     """
     # Calls outside the transaction must go on meanwhile, unless they share its connection.
     limiters = _calls if _is_shared(bind) else _transactions
-    return Turn(_limiter(limiters, bind, capacity))
+    return Turn(_here(limiters, bind, _limiter))
 
 
 def spare_turn(bind: Bind) -> Turn:
@@ -101,7 +129,7 @@ def spare_turn(bind: Bind) -> Turn:
 
     :param bind: the engine whose pool is exhausted
     """
-    return Turn(_limiter(_spares, bind, _one))
+    return Turn(_here(_spares, bind, _one))
 
 
 def alone(bind: Bind) -> AbstractContextManager[object]:
@@ -156,17 +184,34 @@ def _resource(bind: Bind) -> Pool | Connection:
     return bind if isinstance(bind, Connection) else bind.pool
 
 
-def _one(_: Bind) -> int:
-    return 1
+def _limiter(bind: Bind) -> CapacityLimiter:
+    return CapacityLimiter(capacity(bind))
 
 
-def _limiter(limiters: Limiters, bind: Bind, tokens: Callable[[Bind], int]) -> CapacityLimiter:
-    here = limiters.get(None)
+def _one(_: Bind) -> CapacityLimiter:
+    return CapacityLimiter(1)
+
+
+def _workers(bind: Bind) -> Crew:
+    return Crew(capacity(bind))
+
+
+def _readers(bind: Bind) -> Crew:
+    return Crew(capacity(bind) - 1)
+
+
+def _one_worker(_: Bind) -> Crew:
+    return Crew(1)
+
+
+def _here(registry: Registry[R], bind: Bind, make: Callable[[Bind], R]) -> R:
+    """Return what this event loop has for a pool."""
+    here = registry.get(None)
     if here is None:
         here = WeakKeyDictionary()
-        limiters.set(here)
+        registry.set(here)
     resource = _resource(bind)
-    limiter = here.get(resource)
-    if limiter is None:
-        limiter = here[resource] = CapacityLimiter(tokens(bind))
-    return limiter
+    found = here.get(resource)
+    if found is None:
+        found = here[resource] = make(bind)
+    return found

@@ -8,12 +8,11 @@ from typing import Any
 from sqlalchemy import (
     ColumnDefault,
     ColumnElement,
-    Connection,
-    CursorResult,
     Dialect,
     Executable,
     Insert,
     Table,
+    Update,
     bindparam,
     func,
     insert,
@@ -28,7 +27,9 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.exc import IntegrityError
 
-Execute = Callable[[Connection, Executable, dict[str, Any]], CursorResult[Any]]
+from ._statements import Answer, Executor
+
+Execute = Callable[[Executor, Executable, dict[str, Any]], Answer]
 
 
 def is_empty(column: ColumnElement[str | None]) -> ColumnElement[bool]:
@@ -36,24 +37,18 @@ def is_empty(column: ColumnElement[str | None]) -> ColumnElement[bool]:
     return or_(column.is_(None), column == "")
 
 
-def telling(statement: Insert, table: Table, dialect: Dialect) -> Executable:
-    """Return a conditional upsert by whose result :func:`wrote` can tell what it did.
+def telling(statement: Insert | Update, table: Table, dialect: Dialect) -> Executable:
+    """Return a conditional write whose answer tells whether it found its condition true.
 
-    psycopg's count of rows is lost by the time SQLAlchemy is asked for it.
+    Not every driver counts rows, or still knows how many there were when it is asked.
 
-    :param statement: the upsert
+    :param statement: the write
     :param table: its table
     :param dialect: the dialect of the database that will run it
     """
-    return statement.returning(table.c.id) if dialect.insert_returning else statement
-
-
-def wrote(result: CursorResult[Any]) -> bool:
-    """Tell whether a conditional upsert found its condition true.
-
-    :param result: its result, which is read to its end
-    """
-    return bool(result.all()) if result.returns_rows else result.rowcount > 0
+    is_insert = isinstance(statement, Insert)
+    returns = dialect.insert_returning if is_insert else dialect.update_returning
+    return statement.returning(table.c.id) if returns else statement
 
 
 def _on_update(table: Table) -> dict[str, Any]:
@@ -75,7 +70,7 @@ class Upsert:
         :param table: the table, with a primary key ``id``
         :param column: the name of the column to set
         :param dialect: the dialect of the database that will run them
-        :param execute: runs a statement on a connection
+        :param execute: runs a statement
         """
         self._execute = execute
         self._always: Insert | None = None
@@ -112,47 +107,46 @@ class Upsert:
             filled = func.if_(is_empty(old), value, old)
             self._if_empty = row.on_duplicate_key_update({column: filled, **changes})
 
-    def set(self, connection: Connection, row: str, value: str) -> None:
+    def set(self, executor: Executor, row: str, value: str) -> None:
         """Set the column to a value.
 
-        :param connection: the connection to write by
+        :param executor: what runs the statements
         :param row: the row's id
         :param value: the new value
         """
         parameters = {"_row": row, "_value": value}
         if self._always is not None:
-            if self._updates_first and self._execute(connection, self._update, parameters).rowcount:
+            if self._updates_first and self._execute(executor, self._update, parameters).found():
                 return
-            self._execute(connection, self._always, parameters)
-        elif not self._update_or_insert(connection, self._update, row, value):
+            self._execute(executor, self._always, parameters)
+        elif not self._update_or_insert(executor, self._update, row, value):
             # Lost a race for the first write: now there is a row to update.
-            self._execute(connection, self._update, parameters)
+            self._execute(executor, self._update, parameters)
 
-    def set_if_empty(self, connection: Connection, row: str, value: str) -> bool:
+    def set_if_empty(self, executor: Executor, row: str, value: str) -> bool:
         """Set the column only if it holds nothing so far.
 
-        :param connection: the connection to write by
+        :param executor: what runs the statements
         :param row: the row's id
         :param value: the new value
         :return: True if the value was set; False if it was not, or if the database does not tell
         """
         if self._if_empty is None:
-            return self._update_or_insert(connection, self._update_if_empty, row, value)
+            return self._update_or_insert(executor, self._update_if_empty, row, value)
         parameters = {"_row": row, "_value": value}
         first = self._update_if_empty if self._updates_first else None
-        if first is not None and self._execute(connection, first, parameters).rowcount:
+        if first is not None and self._execute(executor, first, parameters).found():
             return True
-        result = self._execute(connection, self._if_empty, parameters)
-        return self._tells and wrote(result)
+        return self._execute(executor, self._if_empty, parameters).found() and self._tells
 
     def _update_or_insert(
-        self, connection: Connection, statement: Executable, row: str, value: str
+        self, executor: Executor, statement: Executable, row: str, value: str
     ) -> bool:
-        if self._execute(connection, statement, {"_row": row, "_value": value}).rowcount:
+        if self._execute(executor, statement, {"_row": row, "_value": value}).found():
             return True
         try:
-            with connection.begin_nested():
-                self._execute(connection, self._insert, {"_row": row, "_value": value})
+            with executor.savepoint():
+                self._execute(executor, self._insert, {"_row": row, "_value": value})
         except IntegrityError:
             return False
         return True

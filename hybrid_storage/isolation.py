@@ -22,12 +22,13 @@ from typing import TypeVar
 import anyio
 from aiogram.fsm.storage.base import BaseEventIsolation, StorageKey
 from anyio.lowlevel import RunVar
-from sqlalchemy import Connection
 from tenacity import AsyncRetrying, retry_if_result, wait_random_exponential
 
+from ._cancellation import completed
 from ._leases import Leases
 from ._retries import in_short, logger, persist
-from ._runners import Runner, completed
+from ._runners import Runner
+from ._statements import Executor
 
 T = TypeVar("T")
 
@@ -134,10 +135,10 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         unanswered = False
         deadline = 0.0
 
-        def ask(connection: Connection) -> bool:
+        def ask(executor: Executor) -> bool:
             nonlocal unanswered, deadline
             unanswered, deadline = True, time.monotonic() + self._lease
-            return self._leases.acquire(connection, row, here.owner, self._lease)
+            return self._leases.acquire(executor, row, here.owner, self._lease)
 
         async def attempt() -> bool:
             nonlocal unanswered
@@ -164,7 +165,7 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
             await persist(
                 partial(
                     self._execute,
-                    lambda connection: self._leases.release(connection, row, here.owner),
+                    lambda executor: self._leases.release(executor, row, here.owner),
                 ),
                 retry_for,
                 f"freeing the lock of {row!r}",
@@ -173,7 +174,7 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
             # The update has been handled; the lease ends by itself.
             logger.warning("could not free the lock of %r: %s", row, in_short(error))
 
-    async def _execute(self, operation: Callable[[Connection], T]) -> T:
+    async def _execute(self, operation: Callable[[Executor], T]) -> T:
         return await self._runner.execute(operation, self._leases.to_write)
 
     def _schedule(self, here: _Here, pause: float) -> None:

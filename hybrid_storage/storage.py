@@ -12,6 +12,7 @@ from aiogram.fsm.storage.base import BaseStorage, KeyBuilder, StateType, Storage
 from anyio import CapacityLimiter
 from sqlalchemy import URL, Connection, Engine, MetaData, Table, create_engine, inspect, make_url
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
 from sqlalchemy.orm import sessionmaker as sync_sessionmaker
 
 from ._codec import Codec, JsonDumps, JsonLoads
@@ -19,8 +20,10 @@ from ._factories import session_factory
 from ._leases import Leases
 from ._retries import persist
 from ._rows import Rows
-from ._runners import Runner, in_thread
+from ._runners import Runner
 from ._scopes import ScopeClosed
+from ._statements import Executor
+from ._threads import in_thread
 from .isolation import SQLAlchemyEventIsolation
 from .keys import FullKeyBuilder
 from .model import FSMData, HasMetaData, declare_lock_table, model_for
@@ -201,10 +204,10 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
         Several processes may do so at once. Fit for ``dp.startup.register(storage.create_table)``.
         """
         try:
-            await self._run_alone(self._create_tables, "the definition")
+            await self._define(self._create_tables)
         except DBAPIError:
             # Another process may have created it between the look and the statement.
-            if not await self._run_alone(self._has_tables, "the definition", writes=False):
+            if not await self._define(self._has_tables):
                 raise
 
     def create_isolation(
@@ -320,29 +323,27 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
         """
         await self._write(self._rows.clear, key)
 
-    def _read(self, operation: Callable[[Connection, str], T], key: StorageKey) -> Awaitable[T]:
+    def _read(self, operation: Callable[[Executor, str], T], key: StorageKey) -> Awaitable[T]:
         row = self._codec.row(key)
-        return self._run(lambda connection: operation(connection, row), row, writes=False)
+        return self._run(lambda executor: operation(executor, row), row, writes=False)
 
     def _write(
         self,
-        operation: Callable[Concatenate[Connection, str, P], T],
+        operation: Callable[Concatenate[Executor, str, P], T],
         key: StorageKey,
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> Awaitable[T]:
         row = self._codec.row(key)
-        return self._run(lambda connection: operation(connection, row, *args, **kwargs), row)
+        return self._run(lambda executor: operation(executor, row, *args, **kwargs), row)
 
     def _run(
-        self, function: Callable[[Connection], T], what: str, *, writes: bool = True
+        self, function: Callable[[Executor], T], what: str, *, writes: bool = True
     ) -> Awaitable[T]:
         run = self._run_alone if self._scope.get() is None else self._run_in_scope
         return run(function, what, writes)
 
-    async def _run_in_scope(
-        self, function: Callable[[Connection], T], what: str, writes: bool
-    ) -> T:
+    async def _run_in_scope(self, function: Callable[[Executor], T], what: str, writes: bool) -> T:
         connect = self._rows.to_write if writes else self._rows.to_read
         try:
             return await self._join(lambda session: function(connect(session)))
@@ -350,7 +351,7 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
             return await self._run_alone(function, what, writes)
 
     def _run_alone(
-        self, function: Callable[[Connection], T], what: str, writes: bool = True
+        self, function: Callable[[Executor], T], what: str, writes: bool = True
     ) -> Awaitable[T]:
         connect = self._rows.to_write if writes else self._rows.to_read
         return persist(
@@ -358,6 +359,13 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
             self._retry_for,
             f"{'writing' if writes else 'reading'} {what!r} in table {self.table.fullname!r}",
         )
+
+    def _define(self, work: Callable[[Connection], T]) -> Awaitable[T]:
+        def in_session(session: Session) -> T:
+            return work(self._rows.to_write(session).connection)
+
+        what = f"the definition of table {self.table.fullname!r}"
+        return persist(partial(self._runner.run, in_session), self._retry_for, what)
 
     def _create_tables(self, connection: Connection) -> None:
         self.metadata.create_all(connection, tables=self._tables)

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeAlia
 from sqlalchemy.orm import Session, scoped_session
 from typing_extensions import TypeVar
 
-from ._runners import Runner, carry, completed, synchronous
+from ._cancellation import completed
+from ._runners import Runner, carry, synchronous
 from ._scopes import Scope, ScopeClosed
 from ._turns import long_turn
 
