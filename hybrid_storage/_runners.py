@@ -222,26 +222,33 @@ def _on_connection(
     engine = plain.engine
     if not spare:
         _check_pool(engine)
-    autocommits = _autocommits(engine)
     with alone(engine), _spare_connection(engine) if spare else engine.connect() as connection:
         kind = plain.executor()
-        if kind is not None and (autocommits or not isinstance(engine.dialect, PGDialect)):
-            try:
-                executor = kind(connection, plain.texts)
-                if autocommits:
-                    return executor.autocommitting(function)
-                result = function(executor)
-                if writes:
-                    executor.commit()
-                return result
-            except Unclear:
-                pass
-        if autocommits:
-            return function(Executor(connection.execution_options(**_AUTOCOMMIT)))
-        result = function(Executor(connection))
-        if writes:
-            connection.commit()
-        return result
+        autocommits = _autocommits(engine)
+        if kind is None or engine in _in_transactions:
+            if autocommits:
+                connection = connection.execution_options(**_AUTOCOMMIT)
+            return _by_sqlalchemy(connection, function, writes)
+        executor = kind(connection, plain.texts)
+        ends = False
+        try:
+            ends = autocommits and executor.autocommit()
+            result = function(executor)
+            if writes and not autocommits:
+                executor.commit()
+            return result
+        except Unclear:
+            return _by_sqlalchemy(connection, function, writes)
+        finally:
+            if ends:
+                executor.end_autocommit()
+
+
+def _by_sqlalchemy(connection: Connection, function: Callable[[Executor], T], writes: bool) -> T:
+    result = function(Executor(connection))
+    if writes:
+        connection.commit()
+    return result
 
 
 def _check_pool(bind: Bind) -> None:

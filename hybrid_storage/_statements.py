@@ -8,15 +8,13 @@ does. So the runner chooses, and the operations do not know the difference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Dialect, Executable, Select, UpdateBase
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql.compiler import SQLCompiler
-
-T = TypeVar("T")
 
 
 class Answer(NamedTuple):
@@ -97,24 +95,23 @@ class DriverExecutor(Executor):
         except Exception as error:
             raise self._judged(error, text.sql, values) from error
 
-    def autocommitting(self, function: Callable[[Executor], T]) -> T:
-        """Call a function with this executor, while each of its statements commits by itself.
+    def autocommit(self) -> bool:
+        """Have each statement commit by itself.
 
-        :return: what the function returns
+        :return: whether that is to be ended, by :meth:`end_autocommit`
         """
-        dbapi = self._dbapi
-        if dbapi.autocommit:
-            return function(self)
-        dbapi.autocommit = True
+        if self._dbapi.autocommit:
+            return False
         try:
-            result = function(self)
-        except Unclear:
-            raise  # the connection may be lost; SQLAlchemy takes it as it is
-        except BaseException:
-            dbapi.autocommit = False
-            raise
-        dbapi.autocommit = False
-        return result
+            self._dbapi.autocommit = True
+        except Exception as error:
+            raise self._judged(error) from error
+        return True
+
+    def end_autocommit(self) -> None:
+        """Give the connection back as it was, unless it is lost."""
+        if not self.connection.invalidated:
+            self._dbapi.autocommit = False
 
     def commit(self) -> None:
         """Commit what the statements have written."""
@@ -154,9 +151,6 @@ class AsyncpgExecutor(DriverExecutor):
     what asyncpg does.
     """
 
-    def autocommitting(self, function: Callable[[Executor], T]) -> T:
-        return function(self)
-
     def _run(self, sql: str, values: Any) -> Answer:
         return Answer(self._dbapi.run_async(lambda driver: driver.fetch(sql, *values)), -1)
 
@@ -178,12 +172,11 @@ class Text:
         self._names: Sequence[str] | None = names
         every = compiled.construct_params(parameters)
         self._constant = {name: value for name, value in every.items() if name not in parameters}
+        dialect = compiled.dialect
         self._processors = {
             name: process
-            for name, bind in compiled.binds.items()
-            if (
-                process := bind.type.dialect_impl(compiled.dialect).bind_processor(compiled.dialect)
-            )
+            for bind, name in compiled.bind_names.items()
+            if (process := bind.type.dialect_impl(dialect).bind_processor(dialect))
         }
 
     def values(self, parameters: dict[str, Any]) -> Any:
