@@ -34,8 +34,8 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.orm import Session
 
-from ._rows import execute
-from ._statements import Answer, Executor
+from ._rows import asked
+from ._statements import Answer, Ask, Executor, Steps
 from ._upsert import telling
 
 
@@ -62,44 +62,44 @@ class Leases:
         """Return what runs statements where a session would change the table."""
         return Executor(session.connection({**self._bind_arguments, "clause": self._delete}))
 
-    def acquire(self, executor: Executor, row: str, owner: str, lease: float) -> bool:
+    def acquire(self, database: Dialect, row: str, owner: str, lease: float) -> Steps[bool]:
         """Take a lease unless another owner has it and its time is not over.
 
         :return: whether it is the owner's now
         """
-        dialect = self._dialect(executor)
+        dialect = self._dialect(database)
         parameters = {"_row": row, "_owner": owner, "_lease": lease}
-        answer = self._execute(executor, dialect.acquire, parameters)
+        answer = yield from self._run(dialect.acquire, parameters)
         if dialect.tells:
             return answer.found()
-        return bool(self._execute(executor, self._select_owner, {"_row": row}).scalar() == owner)
+        found = yield from self._run(self._select_owner, {"_row": row})
+        return bool(found.scalar() == owner)
 
-    def renew(self, executor: Executor, rows: Sequence[str], owner: str, lease: float) -> set[str]:
+    def renew(
+        self, database: Dialect, rows: Sequence[str], owner: str, lease: float
+    ) -> Steps[set[str]]:
         """Begin the time of an owner's leases anew.
 
         :return: those of the rows that are the owner's still
         """
         parameters = {"_rows": rows, "_owner": owner, "_lease": lease}
-        renewed = self._execute(executor, self._dialect(executor).renew, parameters).count
-        if renewed == len(rows):
+        renewed = yield from self._run(self._dialect(database).renew, parameters)
+        if renewed.count == len(rows):
             return set(rows)
-        found = self._execute(executor, self._select_mine, {"_rows": rows, "_owner": owner})
+        found = yield from self._run(self._select_mine, {"_rows": rows, "_owner": owner})
         return {row for (row,) in found.rows or ()}
 
-    def release(self, executor: Executor, row: str, owner: str) -> None:
+    def release(self, database: Dialect, row: str, owner: str) -> Steps[None]:
         """Free a lease, if it is the owner's still."""
-        self._execute(executor, self._delete, {"_row": row, "_owner": owner})
+        yield from self._run(self._delete, {"_row": row, "_owner": owner})
 
-    def _execute(
-        self, executor: Executor, statement: Executable, parameters: dict[str, Any]
-    ) -> Answer:
-        return execute(executor, statement, parameters, self._table)
+    def _run(self, statement: Executable, parameters: dict[str, Any]) -> Steps[Answer]:
+        return asked(Ask(statement, parameters), self._table)
 
-    def _dialect(self, executor: Executor) -> _Dialect:
-        used = executor.dialect
-        dialect = self._dialects.get(type(used))
+    def _dialect(self, database: Dialect) -> _Dialect:
+        dialect = self._dialects.get(type(database))
         if dialect is None:
-            dialect = self._dialects[type(used)] = _Dialect(self, self._table, used)
+            dialect = self._dialects[type(database)] = _Dialect(self, self._table, database)
         return dialect
 
 

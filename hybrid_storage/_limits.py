@@ -8,7 +8,7 @@ from sqlalchemy import Dialect, Table, literal_column, select
 from sqlalchemy.dialects.mysql.base import MySQLDialect
 from sqlalchemy.dialects.postgresql.base import PGDialect
 
-from ._statements import Executor
+from ._statements import Ask, Steps
 
 _LARGE = 100_000  # characters, which may be a million bytes: the least that MySQL takes at once
 _POSTGRESQL_KEY = 2600  # characters; an index has room for a third of a page of 8 KiB, or more
@@ -60,10 +60,9 @@ class Limits:
                 "the row of the key without them: use a key builder that escapes blanks"
             )
 
-    def check(self, executor: Executor, parameters: dict[str, Any]) -> None:
+    def check(self, parameters: dict[str, Any]) -> Steps[None]:
         """Refuse texts that the database does not take.
 
-        :param executor: what is to send them
         :param parameters: the texts that a statement sends
         :raises ValueError: if one holds what PostgreSQL cannot, or all are too much for MySQL
         """
@@ -77,7 +76,7 @@ class Limits:
         if self._is_mysql:
             # It would drop the connection as if it had failed. The drivers send texts quoted, with
             # a backslash before each of these characters.
-            packet = executor.execute(_PACKET, {}).scalar()
+            packet = (yield Ask(_PACKET, {})).scalar()
             size = sum(len(text) + sum(map(text.count, (b'"', b"'", b"\\"))) for text in texts)
             if size + 1024 > packet:
                 raise ValueError(

@@ -7,8 +7,9 @@ own, an engine for each table, a listener, a log of the statements, finds everyt
 from __future__ import annotations
 
 import logging
+import operator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Engine, Executable
 from sqlalchemy.dialects.mysql.base import MySQLDialect
@@ -16,6 +17,7 @@ from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.engine.interfaces import BindTyping
 from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.pool import QueuePool
 
 from ._statements import AsyncpgExecutor, DriverExecutor, Text
 
@@ -42,6 +44,7 @@ _OF_ENGINES = (
     "after_cursor_execute",
     "set_connection_execution_options",
 )
+_OF_POOLS = ("checkout", "checkin", "reset")
 _OF_DIALECTS = ("do_execute", "do_execute_no_params", "handle_error")
 
 
@@ -74,6 +77,16 @@ class Plain:
             return None
         return AsyncpgExecutor if dialect.driver == "asyncpg" else DriverExecutor
 
+    def has_one_at_hand(self) -> bool:
+        """Tell whether the pool gives a connection, and takes it back, with nothing to wait for."""
+        pool = self.engine.pool
+        return (
+            isinstance(pool, QueuePool)
+            and pool.checkedin() > 0
+            and not pool._pre_ping
+            and not _any(pool, _OF_POOLS)
+        )
+
 
 def plain(session: AnySession, factory: object) -> Plain | None:
     """Return what to use if a factory's sessions are SQLAlchemy's own, on one engine.
@@ -101,6 +114,11 @@ def plain(session: AnySession, factory: object) -> Plain | None:
     return None
 
 
-def _any(target: Session | Engine | object, events: tuple[str, ...]) -> bool:
-    listeners = target.dispatch  # type: ignore[union-attr]
-    return any([getattr(listeners, event) for event in events])
+_listeners = {
+    events: operator.attrgetter(*events)
+    for events in (_OF_SESSIONS, _OF_ENGINES, _OF_POOLS, _OF_DIALECTS)
+}
+
+
+def _any(target: Any, events: tuple[str, ...]) -> bool:
+    return any(_listeners[events](target.dispatch))

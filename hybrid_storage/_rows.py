@@ -1,4 +1,7 @@
-"""Every statement on the table: SQL only, text in and text out, by a synchronous executor.
+"""Every statement on the table: SQL only, text in and text out, and no waiting.
+
+An operation yields its statements and is sent the answers: who runs them, and waits meanwhile, is
+none of its business.
 
 Each operation is one statement, or statements that end well however they are interleaved with
 those of others. So it is right under AUTOCOMMIT, where PostgreSQL needs one round trip a
@@ -31,7 +34,7 @@ from sqlalchemy.orm.exc import StaleDataError
 
 from ._errors import is_missing_table
 from ._limits import Limits, is_suspect
-from ._statements import Answer, Executor
+from ._statements import Answer, Ask, Executor, Steps
 from ._upsert import Upsert, is_empty, telling
 from .model import FSMData, table_of
 
@@ -70,123 +73,105 @@ class Rows:
         """Return what runs statements where a session would change the table."""
         return Executor(session.connection({**self.bind_arguments, "clause": self.replace_data}))
 
-    def get_state(self, executor: Executor, row: str) -> str | None:
+    def get_state(self, database: Dialect, row: str) -> Steps[str | None]:
         """Return the state, None if there is none."""
-        return self._scalar(executor, self._select_state, row)
+        return (yield from self._read(database, self._select_state, row))
 
-    def get_data(self, executor: Executor, row: str) -> str | None:
+    def get_data(self, database: Dialect, row: str) -> Steps[str | None]:
         """Return the data's text, None or an empty string if there is none."""
-        return self._scalar(executor, self._select_data, row)
+        return (yield from self._read(database, self._select_data, row))
 
-    def set_state(self, executor: Executor, row: str, state: str | None) -> None:
+    def set_state(self, database: Dialect, row: str, state: str | None) -> Steps[None]:
         """Set the state; None removes it, and the row with it if there is no data."""
-        dialect = self._dialect(executor, row)
+        dialect = self._dialect(database, row)
         if state is not None:
-            dialect.state.set(executor, row, state)
+            yield from dialect.state.set(row, state)
         else:
-            self._unset(executor, row, self.unset_state, dialect.unset_state_returning)
+            yield from self._unset(dialect, dialect.unset_state, row)
 
-    def set_data(self, executor: Executor, row: str, data: str) -> None:
+    def set_data(self, database: Dialect, row: str, data: str) -> Steps[None]:
         """Set the data; an empty string removes it, and the row with it if there is no state."""
-        dialect = self._dialect(executor, row)
+        dialect = self._dialect(database, row)
         if data:
-            dialect.data.set(executor, row, data)
+            yield from dialect.data.set(row, data)
         else:
-            self._unset(executor, row, self.unset_data, dialect.unset_data_returning)
+            yield from self._unset(dialect, dialect.unset_data, row)
 
-    def clear(self, executor: Executor, row: str) -> None:
+    def clear(self, database: Dialect, row: str) -> Steps[None]:
         """Remove the row."""
-        self.execute(executor, self._delete, {"_row": row})
+        yield from self._dialect(database).run(Ask(self._delete, {"_row": row}))
 
-    def update_data(self, executor: Executor, row: str, merge: Callable[[str | None], str]) -> None:
+    def update_data(
+        self, database: Dialect, row: str, merge: Callable[[str | None], str]
+    ) -> Steps[None]:
         """Replace the data by what ``merge`` makes of it: read, then compare-and-set.
 
-        :param executor: what runs the statements
+        :param database: the dialect of the database
         :param row: the row's id
         :param merge: gets the stored text and returns the new one; called again after a conflict
         :raises StaleDataError: if the row changed under every one of a great many attempts
         """
-        dialect = self._dialect(executor, row)
+        dialect = self._dialect(database, row)
         if dialect.locks_by_writing:
             # SQLite: a transaction that reads first and writes later fails if another wrote
             # in between; one that begins with a write holds the lock by the time it reads.
-            self.execute(executor, self._touch, {"_row": row})
-        old = self._scalar(executor, self._select_data, row)
+            yield from dialect.run(Ask(self._touch, {"_row": row}))
+        old = yield from self._read(database, self._select_data, row)
         for _ in range(_ATTEMPTS):
             new = merge(old)
             # What is there already was stored by this call (MySQL does not tell) or by its equal.
-            if new == old or self._compare_and_set(executor, dialect, row, old, new):
+            if new == old or (yield from self._compare_and_set(dialect, row, old, new)):
                 return
             # Inside a transaction this reads the latest row, whatever the isolation level showed
             # so far, and locks it: the next attempt succeeds.
-            old = self._scalar(executor, self._select_data_locked, row)
+            old = yield from self._read(database, self._select_data_locked, row)
         raise StaleDataError(
             f"the data of {row!r} in table {self.table.fullname!r} changed under each of "
             f"{_ATTEMPTS} attempts to update it: write to this key less often"
         )
 
-    def execute(
-        self, executor: Executor, statement: Executable, parameters: dict[str, Any]
-    ) -> Answer:
-        """Run a statement, having checked that the database can hold its texts.
+    def _read(self, database: Dialect, statement: Executable, row: str) -> Steps[str | None]:
+        answer = yield from self._dialect(database).run(Ask(statement, {"_row": row}))
+        return cast("str | None", answer.scalar())
 
-        :param executor: what runs it
-        :param statement: a Core statement
-        :param parameters: its parameters
-        :raises ValueError: if the database cannot hold one of them
-        :return: what it says
-        """
-        if is_suspect(parameters):
-            self._dialect(executor, "").limits.check(executor, parameters)
-        return execute(executor, statement, parameters, self.table)
-
-    def _scalar(self, executor: Executor, statement: Executable, row: str) -> str | None:
-        return cast("str | None", self.execute(executor, statement, {"_row": row}).scalar())
-
-    def _unset(
-        self, executor: Executor, row: str, statement: Executable, returning: Executable | None
-    ) -> None:
+    def _unset(self, dialect: _Dialect, statement: Executable, row: str) -> Steps[None]:
         # First the column, then the row if nothing is left in it. The other way round, two
         # clients that unset one column each would both find the other's, and leave an empty row.
-        if returning is not None:
-            rest = self.execute(executor, returning, {"_row": row}).rows
-            may_be_empty = any(not value for (value,) in rest or ())
-        else:
-            may_be_empty = self.execute(executor, statement, {"_row": row}).found()
+        answer = yield from dialect.run(Ask(statement, {"_row": row}))
+        if answer.rows is None:
+            may_be_empty = answer.found()
+        else:  # of the other column
+            may_be_empty = any(not rest for (rest,) in answer.rows)
         if may_be_empty:
-            self.execute(executor, self._delete_empty, {"_row": row})
+            yield from dialect.run(Ask(self._delete_empty, {"_row": row}))
 
     def _compare_and_set(
-        self, executor: Executor, dialect: _Dialect, row: str, old: str | None, new: str
-    ) -> bool:
+        self, dialect: _Dialect, row: str, old: str | None, new: str
+    ) -> Steps[bool]:
         if not old:
-            return dialect.data.set_if_empty(executor, row, new)
+            return (yield from dialect.data.set_if_empty(row, new))
         parameters = {"_row": row, "_old": dialect.comparable(old), "_value": new}
-        return self.execute(executor, dialect.compare_and_set, parameters).found()
+        return (yield from dialect.run(Ask(dialect.compare_and_set, parameters))).found()
 
-    def _dialect(self, executor: Executor, row: str) -> _Dialect:
-        used = executor.dialect
-        dialect = self._dialects.get(type(used))
+    def _dialect(self, database: Dialect, row: str | None = None) -> _Dialect:
+        dialect = self._dialects.get(type(database))
         if dialect is None:
-            dialect = self._dialects[type(used)] = _Dialect(self, used)
-        dialect.limits.check_key(row)
+            dialect = self._dialects[type(database)] = _Dialect(self, database)
+        if row is not None:
+            dialect.limits.check_key(row)
         return dialect
 
 
-def execute(
-    executor: Executor, statement: Executable, parameters: dict[str, Any], table: Table
-) -> Answer:
+def asked(ask: Ask, table: Table) -> Steps[Answer]:
     """Run a statement.
 
-    :param executor: what runs it
-    :param statement: a Core statement
-    :param parameters: its parameters
-    :param table: the statement's table
+    :param ask: the statement
+    :param table: its table
     :raises DBAPIError: whatever the database answers; a missing table is explained
     :return: what it says
     """
     try:
-        return executor.execute(statement, parameters)
+        return (yield ask)
     except DBAPIError as error:
         if is_missing_table(error):
             error.add_detail(
@@ -201,16 +186,17 @@ class _Dialect:
 
     def __init__(self, rows: Rows, dialect: Dialect) -> None:
         data = rows.table.c.data
+        self._table = rows.table
         self.limits = Limits(rows.table, dialect)
         self.locks_by_writing = isinstance(dialect, SQLiteDialect)
         self._by_bytes = isinstance(dialect, MySQLDialect)
-        self.state = Upsert(rows.table, "state", dialect, rows.execute)
-        self.data = Upsert(rows.table, "data", dialect, rows.execute)
-        self.unset_state_returning: Executable | None = None
-        self.unset_data_returning: Executable | None = None
+        self.state = Upsert(rows.table, "state", dialect, self.run)
+        self.data = Upsert(rows.table, "data", dialect, self.run)
+        self.unset_state: Executable = rows.unset_state
+        self.unset_data: Executable = rows.unset_data
         if dialect.update_returning:
-            self.unset_state_returning = rows.unset_state.returning(data)
-            self.unset_data_returning = rows.unset_data.returning(rows.table.c.state)
+            self.unset_state = rows.unset_state.returning(data)
+            self.unset_data = rows.unset_data.returning(rows.table.c.state)
         # MySQL's "=" goes by the collation, which may ignore case and trailing blanks.
         unchanged = (
             sql_cast(data, LargeBinary) == bindparam("_old", type_=LargeBinary)
@@ -218,6 +204,17 @@ class _Dialect:
             else data == bindparam("_old")
         )
         self.compare_and_set = telling(rows.replace_data.where(unchanged), rows.table, dialect)
+
+    def run(self, ask: Ask) -> Steps[Answer]:
+        """Run a statement, having checked that the database can hold its texts.
+
+        :param ask: the statement
+        :raises ValueError: if the database cannot hold one of them
+        :return: what the database says
+        """
+        if is_suspect(ask.parameters):
+            yield from self.limits.check(ask.parameters)
+        return (yield from asked(ask, self._table))
 
     def comparable(self, text: str) -> str | bytes:
         return text.encode() if self._by_bytes else text

@@ -12,24 +12,24 @@ the cancellation goes on afterwards: a write left behind in a thread could land 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 from weakref import WeakSet
 
 from anyio import CapacityLimiter
 from sqlalchemy import Connection, Engine
 from sqlalchemy.dialects.postgresql.base import PGDialect
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, MissingGreenlet
 from sqlalchemy.orm import Session
 
 from ._cancellation import completed
 from ._errors import is_lost_statement
 from ._factories import check_bind
 from ._plain import Plain, plain
-from ._statements import Executor, Unclear
+from ._statements import AsyncpgExecutor, Executor, Operation, Unclear
 from ._threads import in_thread
-from ._turns import Bind, alone, crew, crew_turn, is_exhausted, spare_turn, turn
+from ._turns import Bind, Turn, alone, crew, crew_turn, is_exhausted, spare_turn, turn
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -94,67 +94,63 @@ class Runner:
         """
         session, bind = self.open()
         work = partial(_in_session, synchronous(session), bind, function)
-        return self._in_turn(session, bind, work)
+        way = partial(carry, session)
+        return self._in_turn(turn(bind, True, self._limiter), way, session, bind, work)
 
     def execute(
         self,
-        function: Callable[[Executor], T],
+        operation: Operation[T],
         connect: Callable[[Session], Executor],
         *,
         writes: bool = True,
     ) -> Awaitable[T]:
-        """Have a function run statements, as :meth:`run` does with a session.
+        """Run an operation, as :meth:`run` does a function.
 
-        :param function: gets a synchronous executor; its statements need no transaction
-        :param connect: gives the executor that the function is to get of a session
-        :param writes: False if the function only reads
-        :return: what the function returns
+        :param operation: its statements need no transaction
+        :param connect: gives what is to run the statements of a session
+        :param writes: False if the operation only reads
+        :return: what the operation returns
         """
         plain = self._plain_here()
         if plain is not None:
             session, bind = plain.session, plain.engine
-            work = partial(_on_connection, plain, function, writes)
+            work = partial(_on_connection, plain, operation, writes)
         else:
             session, bind = self.open()
             work = partial(
                 _in_session,
                 synchronous(session),
                 bind,
-                lambda session: function(connect(session)),
+                lambda session: connect(session).perform(operation),
                 True,
                 self._bind_arguments,
             )
-        if self._is_async:
-            return self._in_turn(session, bind, work, writes)
-        return self._by_crew(session, bind, work, writes)
-
-    async def _by_crew(
-        self, session: AnySession, bind: Bind, work: Callable[..., T], writes: bool
-    ) -> T:
-        async with crew_turn(bind, self._limiter):
-            try:
-                return await crew(bind, writes).do(work)
-            except _PoolExhausted:
-                return await self._by_spare(session, bind, work)
-            except DBAPIError as error:
-                _look_for_pooler(bind, error)
-                raise
+        if not self._is_async:
+            workers = crew(bind, writes)
+            return self._in_turn(crew_turn(bind, self._limiter), workers.do, session, bind, work)
+        way = partial(carry, session)
+        if plain is not None and plain.executor() is AsyncpgExecutor:
+            way = partial(_by_asyncpg, plain, operation)
+        return self._in_turn(turn(bind, writes, self._limiter), way, session, bind, work)
 
     async def _in_turn(
-        self, session: AnySession, bind: Bind, work: Callable[..., T], writes: bool = True
+        self,
+        turn: Turn,
+        way: Callable[[Callable[[], T]], Awaitable[T]],
+        session: AnySession,
+        bind: Bind,
+        work: Callable[..., T],
     ) -> T:
-        async with turn(bind, writes, self._limiter):
+        async with turn:
             try:
-                return await carry(session, work)
+                return await way(work)
             except _PoolExhausted:
-                return await self._by_spare(session, bind, work)
+                async with spare_turn(bind):
+                    return await carry(session, partial(work, spare=True))
             except DBAPIError as error:
-                _look_for_pooler(bind, error)
+                if is_lost_statement(error):
+                    _in_transactions.add(bind.engine)
                 raise
-
-    async def _by_spare(self, session: AnySession, bind: Bind, work: Callable[..., T]) -> T:
-        async with spare_turn(bind):
-            return await carry(session, partial(work, spare=True))
 
     def _plain_here(self) -> Plain | None:
         """Return what there is to use if a session would do no more than open a connection.
@@ -216,9 +212,34 @@ def _in_session(
         return function(session)
 
 
-def _on_connection(
-    plain: Plain, function: Callable[[Executor], T], writes: bool, spare: bool = False
-) -> T:
+async def _by_asyncpg(plain: Plain, operation: Operation[T], work: Callable[[], T]) -> T:
+    """Run an operation without a greenlet where the pool has a connection at hand.
+
+    :param work: the same operation for a greenlet
+    """
+    if plain.engine not in _in_transactions and plain.has_one_at_hand():
+        # The pool may find that it has to open another one after all.
+        with suppress(MissingGreenlet):
+            return await completed(_on_asyncpg(plain, operation))
+    return await carry(plain.session, work)
+
+
+async def _on_asyncpg(plain: Plain, operation: Operation[T]) -> T:
+    connection = plain.engine.connect()
+
+    def again(_: Session) -> T:
+        with connection.execution_options(**_AUTOCOMMIT):
+            return _by_sqlalchemy(connection, operation, False)
+
+    try:
+        return await AsyncpgExecutor(connection, plain.texts).perform_async(operation)
+    except Unclear:
+        return await cast("AsyncSession", plain.session).run_sync(again)
+    finally:
+        connection.close()
+
+
+def _on_connection(plain: Plain, operation: Operation[T], writes: bool, spare: bool = False) -> T:
     engine = plain.engine
     if not spare:
         _check_pool(engine)
@@ -228,24 +249,24 @@ def _on_connection(
         if kind is None or engine in _in_transactions:
             if autocommits:
                 connection = connection.execution_options(**_AUTOCOMMIT)
-            return _by_sqlalchemy(connection, function, writes)
+            return _by_sqlalchemy(connection, operation, writes)
         executor = kind(connection, plain.texts)
         ends = False
         try:
             ends = autocommits and executor.autocommit()
-            result = function(executor)
+            result = executor.perform(operation)
             if writes and not autocommits:
                 executor.commit()
             return result
         except Unclear:
-            return _by_sqlalchemy(connection, function, writes)
+            return _by_sqlalchemy(connection, operation, writes)
         finally:
             if ends:
                 executor.end_autocommit()
 
 
-def _by_sqlalchemy(connection: Connection, function: Callable[[Executor], T], writes: bool) -> T:
-    result = function(Executor(connection))
+def _by_sqlalchemy(connection: Connection, operation: Operation[T], writes: bool) -> T:
+    result = Executor(connection).perform(operation)
     if writes:
         connection.commit()
     return result
@@ -267,11 +288,6 @@ def _spare_connection(bind: Bind) -> Iterator[Connection]:
             yield connection
     finally:
         pool.dispose()
-
-
-def _look_for_pooler(bind: Bind, error: DBAPIError) -> None:
-    if is_lost_statement(error):
-        _in_transactions.add(bind.engine)
 
 
 def _autocommits(bind: Bind, session: Session | None = None) -> bool:

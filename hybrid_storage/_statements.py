@@ -8,13 +8,15 @@ does. So the runner chooses, and the operations do not know the difference.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 from sqlalchemy import Connection, Dialect, Executable, Select, UpdateBase
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql.compiler import SQLCompiler
+
+T = TypeVar("T")
 
 
 class Answer(NamedTuple):
@@ -34,6 +36,24 @@ class Answer(NamedTuple):
         return self.count > 0 if self.rows is None else bool(self.rows)
 
 
+class Ask(NamedTuple):
+    """A statement that an operation wants to be run."""
+
+    statement: Executable
+    parameters: dict[str, Any]
+    in_savepoint: bool = False
+    """Whether an error is to undo no more than the statement."""
+
+
+Steps: TypeAlias = Generator[Ask, Answer, T]
+"""An operation: it yields statements, is sent the answers, and returns its result.
+
+So it does not know who waits for the database, or how.
+"""
+Operation: TypeAlias = Callable[[Dialect], Steps[T]]
+"""Begins an operation for a kind of database."""
+
+
 class Executor:
     """Runs statements through SQLAlchemy."""
 
@@ -45,20 +65,31 @@ class Executor:
         self.connection = connection
         self.dialect: Dialect = connection.dialect
 
-    def execute(self, statement: Executable, parameters: dict[str, Any]) -> Answer:
-        """Run a statement.
+    def perform(self, operation: Operation[T]) -> T:
+        """Run an operation's statements.
 
-        :param statement: a Core statement
-        :param parameters: its parameters
-        :raises DBAPIError: whatever the database answers
-        :return: what it says
+        :param operation: the operation
+        :return: what it returns
         """
-        result = self.connection.execute(statement, parameters)
-        return Answer(result.all(), -1) if result.returns_rows else Answer(None, result.rowcount)
+        steps = operation(self.dialect)
+        try:
+            ask = next(steps)
+            while True:
+                try:
+                    answer = self._execute(ask)
+                except Exception as error:
+                    ask = steps.throw(error)
+                else:
+                    ask = steps.send(answer)
+        except StopIteration as end:
+            return cast("T", end.value)
 
-    def savepoint(self) -> AbstractContextManager[object]:
-        """Return a context manager that undoes what is done inside if it fails."""
-        return self.connection.begin_nested()
+    def _execute(self, ask: Ask) -> Answer:
+        with self.connection.begin_nested() if ask.in_savepoint else nullcontext():
+            result = self.connection.execute(ask.statement, ask.parameters)
+            if result.returns_rows:
+                return Answer(result.all(), -1)
+            return Answer(None, result.rowcount)
 
 
 class Unclear(Exception):
@@ -78,22 +109,22 @@ class DriverExecutor(Executor):
         self._dbapi: Any = connection.connection.dbapi_connection
         self._texts = texts
 
-    def execute(self, statement: Executable, parameters: dict[str, Any]) -> Answer:
-        """Run a statement, as :class:`Executor` does.
-
-        :raises Unclear: if this takes SQLAlchemy
-        """
+    def _execute(self, ask: Ask) -> Answer:
+        text, values = self._text(ask)
         try:
-            text = self._texts[statement]
-        except KeyError:
-            text = self._texts[statement] = text_of(statement, parameters, self.dialect)
-        if text is None:
-            raise Unclear
-        values = text.values(parameters)
-        try:
-            return self._run(text.sql, values)
+            return self._run(text, values)
         except Exception as error:
-            raise self._judged(error, text.sql, values) from error
+            raise self._judged(error, text, values) from error
+
+    def _text(self, ask: Ask) -> tuple[str, Any]:
+        try:
+            text = self._texts[ask.statement]
+        except KeyError:
+            text = text_of(ask.statement, ask.parameters, self.dialect)
+            self._texts[ask.statement] = text
+        if text is None or ask.in_savepoint:
+            raise Unclear
+        return text.sql, text.values(ask.parameters)
 
     def autocommit(self) -> bool:
         """Have each statement commit by itself.
@@ -148,14 +179,29 @@ class AsyncpgExecutor(DriverExecutor):
     """Runs statements by asyncpg itself, which autocommits them.
 
     SQLAlchemy's cursor for asyncpg prepares statements in a cache of its own, and costs half of
-    what asyncpg does.
+    what asyncpg does; so does the greenlet that it needs.
     """
 
-    def _run(self, sql: str, values: Any) -> Answer:
-        return Answer(self._dbapi.run_async(lambda driver: driver.fetch(sql, *values)), -1)
+    async def perform_async(self, operation: Operation[T]) -> T:
+        """Run an operation's statements, as :meth:`perform` does.
 
-    def _judged(self, error: Exception, sql: str | None = None, values: Any = None) -> Exception:
-        return Unclear()  # asyncpg's own errors are not the dialect's
+        :param operation: the operation
+        :raises Unclear: if this takes SQLAlchemy
+        :return: what it returns
+        """
+        driver = self._dbapi.driver_connection
+        steps = operation(self.dialect)
+        try:
+            ask = next(steps)
+            while True:
+                text, values = self._text(ask)
+                try:
+                    rows = await driver.fetch(text, *values)
+                except Exception as error:
+                    raise Unclear from error
+                ask = steps.send(Answer(rows, -1))
+        except StopIteration as end:
+            return cast("T", end.value)
 
 
 class Text:

@@ -27,9 +27,9 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.exc import IntegrityError
 
-from ._statements import Answer, Executor
+from ._statements import Answer, Ask, Steps
 
-Execute = Callable[[Executor, Executable, dict[str, Any]], Answer]
+Run = Callable[[Ask], Steps[Answer]]
 
 
 def is_empty(column: ColumnElement[str | None]) -> ColumnElement[bool]:
@@ -64,15 +64,15 @@ def _on_update(table: Table) -> dict[str, Any]:
 class Upsert:
     """Sets one column of the row with a given id, and makes the row where there is none."""
 
-    def __init__(self, table: Table, column: str, dialect: Dialect, execute: Execute) -> None:
+    def __init__(self, table: Table, column: str, dialect: Dialect, run: Run) -> None:
         """Build the statements.
 
         :param table: the table, with a primary key ``id``
         :param column: the name of the column to set
         :param dialect: the dialect of the database that will run them
-        :param execute: runs a statement
+        :param run: runs a statement
         """
-        self._execute = execute
+        self._run = run
         self._always: Insert | None = None
         self._if_empty: Executable | None = None
         # MySQL counts 1 for a row inserted and for one found as it was.
@@ -107,46 +107,43 @@ class Upsert:
             filled = func.if_(is_empty(old), value, old)
             self._if_empty = row.on_duplicate_key_update({column: filled, **changes})
 
-    def set(self, executor: Executor, row: str, value: str) -> None:
+    def set(self, row: str, value: str) -> Steps[None]:
         """Set the column to a value.
 
-        :param executor: what runs the statements
         :param row: the row's id
         :param value: the new value
         """
         parameters = {"_row": row, "_value": value}
         if self._always is not None:
-            if self._updates_first and self._execute(executor, self._update, parameters).found():
+            if self._updates_first and (yield from self._finds(self._update, parameters)):
                 return
-            self._execute(executor, self._always, parameters)
-        elif not self._update_or_insert(executor, self._update, row, value):
+            yield from self._run(Ask(self._always, parameters))
+        elif not (yield from self._update_or_insert(self._update, parameters)):
             # Lost a race for the first write: now there is a row to update.
-            self._execute(executor, self._update, parameters)
+            yield from self._run(Ask(self._update, parameters))
 
-    def set_if_empty(self, executor: Executor, row: str, value: str) -> bool:
+    def set_if_empty(self, row: str, value: str) -> Steps[bool]:
         """Set the column only if it holds nothing so far.
 
-        :param executor: what runs the statements
         :param row: the row's id
         :param value: the new value
         :return: True if the value was set; False if it was not, or if the database does not tell
         """
-        if self._if_empty is None:
-            return self._update_or_insert(executor, self._update_if_empty, row, value)
         parameters = {"_row": row, "_value": value}
-        first = self._update_if_empty if self._updates_first else None
-        if first is not None and self._execute(executor, first, parameters).found():
+        if self._if_empty is None:
+            return (yield from self._update_or_insert(self._update_if_empty, parameters))
+        if self._updates_first and (yield from self._finds(self._update_if_empty, parameters)):
             return True
-        return self._execute(executor, self._if_empty, parameters).found() and self._tells
+        return (yield from self._finds(self._if_empty, parameters)) and self._tells
 
-    def _update_or_insert(
-        self, executor: Executor, statement: Executable, row: str, value: str
-    ) -> bool:
-        if self._execute(executor, statement, {"_row": row, "_value": value}).found():
+    def _update_or_insert(self, statement: Executable, parameters: dict[str, Any]) -> Steps[bool]:
+        if (yield from self._finds(statement, parameters)):
             return True
         try:
-            with executor.savepoint():
-                self._execute(executor, self._insert, {"_row": row, "_value": value})
+            yield from self._run(Ask(self._insert, parameters, in_savepoint=True))
         except IntegrityError:
             return False
         return True
+
+    def _finds(self, statement: Executable, parameters: dict[str, Any]) -> Steps[bool]:
+        return (yield from self._run(Ask(statement, parameters))).found()

@@ -22,13 +22,14 @@ from typing import TypeVar
 import anyio
 from aiogram.fsm.storage.base import BaseEventIsolation, StorageKey
 from anyio.lowlevel import RunVar
+from sqlalchemy import Dialect
 from tenacity import AsyncRetrying, retry_if_result, wait_random_exponential
 
 from ._cancellation import completed
 from ._leases import Leases
 from ._retries import in_short, logger, persist
 from ._runners import Runner
-from ._statements import Executor
+from ._statements import Operation, Steps
 
 T = TypeVar("T")
 
@@ -135,10 +136,10 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         unanswered = False
         deadline = 0.0
 
-        def ask(executor: Executor) -> bool:
+        def ask(database: Dialect) -> Steps[bool]:
             nonlocal unanswered, deadline
             unanswered, deadline = True, time.monotonic() + self._lease
-            return self._leases.acquire(executor, row, here.owner, self._lease)
+            return self._leases.acquire(database, row, here.owner, self._lease)
 
         async def attempt() -> bool:
             nonlocal unanswered
@@ -165,7 +166,7 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
             await persist(
                 partial(
                     self._execute,
-                    lambda executor: self._leases.release(executor, row, here.owner),
+                    lambda database: self._leases.release(database, row, here.owner),
                 ),
                 retry_for,
                 f"freeing the lock of {row!r}",
@@ -174,7 +175,7 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
             # The update has been handled; the lease ends by itself.
             logger.warning("could not free the lock of %r: %s", row, in_short(error))
 
-    async def _execute(self, operation: Callable[[Executor], T]) -> T:
+    async def _execute(self, operation: Operation[T]) -> T:
         return await self._runner.execute(operation, self._leases.to_write)
 
     def _schedule(self, here: _Here, pause: float) -> None:

@@ -14,6 +14,7 @@ Synchronous code calls them with the session it has, asynchronous code hands the
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, overload
 
 from aiogram.fsm.storage.base import StateType, StorageKey
@@ -43,7 +44,7 @@ class Operations:
         :return: the state's name, None if there is none
         """
         row = self._codec.row(key)
-        return self._rows.get_state(self._rows.to_read(session), row)
+        return self._rows.to_read(session).perform(partial(self._rows.get_state, row=row))
 
     def set_state(self, session: Session, key: StorageKey, state: StateType = None) -> None:
         """Set or remove the state of a conversation.
@@ -53,7 +54,7 @@ class Operations:
         :param state: the state or its name; None removes it
         """
         row, name = self._codec.row(key), self._codec.state(state)
-        self._rows.set_state(self._rows.to_write(session), row, name)
+        self._rows.to_write(session).perform(partial(self._rows.set_state, row=row, state=name))
 
     def get_data(self, session: Session, key: StorageKey) -> dict[str, Any]:
         """Return the data of a conversation.
@@ -63,7 +64,8 @@ class Operations:
         :return: the data, empty if there is none
         """
         row = self._codec.row(key)
-        return self._codec.load(key, self._rows.get_data(self._rows.to_read(session), row))
+        text = self._rows.to_read(session).perform(partial(self._rows.get_data, row=row))
+        return self._codec.load(key, text)
 
     def set_data(self, session: Session, key: StorageKey, data: Mapping[str, Any]) -> None:
         """Replace the data of a conversation.
@@ -73,7 +75,7 @@ class Operations:
         :param data: the new data; an empty one removes it
         """
         row, text = self._codec.row(key), self._codec.dump(data)
-        self._rows.set_data(self._rows.to_write(session), row, text)
+        self._rows.to_write(session).perform(partial(self._rows.set_data, row=row, data=text))
 
     @overload
     def get_value(self, session: Session, key: StorageKey, name: str) -> Any | None: ...
@@ -102,9 +104,9 @@ class Operations:
         changes = self._codec.dump(data)
         row = self._codec.row(key)
         if not changes:
-            return self._codec.load(key, self._rows.get_data(self._rows.to_read(session), row))
+            return self.get_data(session, key)
         merge = self._codec.merge(key, changes)
-        self._rows.update_data(self._rows.to_write(session), row, merge)
+        self._rows.to_write(session).perform(partial(self._rows.update_data, row=row, merge=merge))
         return merge.data
 
     def clear(self, session: Session, key: StorageKey) -> None:
@@ -114,4 +116,4 @@ class Operations:
         :param key: the conversation's key
         """
         row = self._codec.row(key)
-        self._rows.clear(self._rows.to_write(session), row)
+        self._rows.to_write(session).perform(partial(self._rows.clear, row=row))

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeAlias, TypeVa
 
 from aiogram.fsm.storage.base import BaseStorage, KeyBuilder, StateType, StorageKey
 from anyio import CapacityLimiter
-from sqlalchemy import URL, Connection, Engine, MetaData, Table, create_engine, inspect, make_url
+from sqlalchemy import (
+    URL,
+    Connection,
+    Dialect,
+    Engine,
+    MetaData,
+    Table,
+    create_engine,
+    inspect,
+    make_url,
+)
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 from sqlalchemy.orm import sessionmaker as sync_sessionmaker
@@ -22,7 +32,7 @@ from ._retries import persist
 from ._rows import Rows
 from ._runners import Runner
 from ._scopes import ScopeClosed
-from ._statements import Executor
+from ._statements import Operation, Steps
 from ._threads import in_thread
 from .isolation import SQLAlchemyEventIsolation
 from .keys import FullKeyBuilder
@@ -323,39 +333,35 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
         """
         await self._write(self._rows.clear, key)
 
-    def _read(self, operation: Callable[[Executor, str], T], key: StorageKey) -> Awaitable[T]:
+    def _read(self, operation: Callable[[Dialect, str], Steps[T]], key: StorageKey) -> Awaitable[T]:
         row = self._codec.row(key)
-        return self._run(lambda executor: operation(executor, row), row, writes=False)
+        return self._run(lambda database: operation(database, row), row, writes=False)
 
     def _write(
         self,
-        operation: Callable[Concatenate[Executor, str, P], T],
+        operation: Callable[Concatenate[Dialect, str, P], Steps[T]],
         key: StorageKey,
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> Awaitable[T]:
         row = self._codec.row(key)
-        return self._run(lambda executor: operation(executor, row, *args, **kwargs), row)
+        return self._run(lambda database: operation(database, row, *args, **kwargs), row)
 
-    def _run(
-        self, function: Callable[[Executor], T], what: str, *, writes: bool = True
-    ) -> Awaitable[T]:
+    def _run(self, operation: Operation[T], what: str, *, writes: bool = True) -> Awaitable[T]:
         run = self._run_alone if self._scope.get() is None else self._run_in_scope
-        return run(function, what, writes)
+        return run(operation, what, writes)
 
-    async def _run_in_scope(self, function: Callable[[Executor], T], what: str, writes: bool) -> T:
+    async def _run_in_scope(self, operation: Operation[T], what: str, writes: bool) -> T:
         connect = self._rows.to_write if writes else self._rows.to_read
         try:
-            return await self._join(lambda session: function(connect(session)))
+            return await self._join(lambda session: connect(session).perform(operation))
         except ScopeClosed:
-            return await self._run_alone(function, what, writes)
+            return await self._run_alone(operation, what, writes)
 
-    def _run_alone(
-        self, function: Callable[[Executor], T], what: str, writes: bool = True
-    ) -> Awaitable[T]:
+    def _run_alone(self, operation: Operation[T], what: str, writes: bool = True) -> Awaitable[T]:
         connect = self._rows.to_write if writes else self._rows.to_read
         return persist(
-            partial(self._runner.execute, function, connect, writes=writes),
+            partial(self._runner.execute, operation, connect, writes=writes),
             self._retry_for,
             f"{'writing' if writes else 'reading'} {what!r} in table {self.table.fullname!r}",
         )
