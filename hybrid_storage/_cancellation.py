@@ -93,10 +93,8 @@ class _Inner:
         if self._must_cancel:
             self._must_cancel = False
             error = asyncio.CancelledError()
-        if error is not None:
-            awaited = self._coroutine.throw(error)
-        else:
-            awaited = self._coroutine.send(None)
+        coroutine = self._coroutine
+        awaited = coroutine.send(None) if error is None else coroutine.throw(error)
         if awaited is not None:
             awaited._asyncio_future_blocking = False  # as a task does
             self._fut_waiter = awaited

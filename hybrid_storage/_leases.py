@@ -84,7 +84,7 @@ class Leases:
         """
         parameters = {"_rows": rows, "_owner": owner, "_lease": lease}
         renewed = yield from self._run(self._dialect(database).renew, parameters)
-        if renewed.count == len(rows):
+        if renewed.changed == len(rows):
             return set(rows)
         found = yield from self._run(self._select_mine, {"_rows": rows, "_owner": owner})
         return {row for (row,) in found.rows or ()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import operator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -77,13 +78,23 @@ class Plain:
             return None
         return AsyncpgExecutor if dialect.driver == "asyncpg" else DriverExecutor
 
-    def has_one_at_hand(self) -> bool:
-        """Tell whether the pool gives a connection, and takes it back, with nothing to wait for."""
+    def gives_at_once(self) -> bool:
+        """Tell whether the pool gives a connection with nothing to wait for."""
         pool = self.engine.pool
         return (
             isinstance(pool, QueuePool)
             and pool.checkedin() > 0
-            and not pool._pre_ping
+            # Otherwise it may look whether the connection lives, or replace it.
+            and not (pool._pre_ping or pool._recycle > -1 or pool._invalidate_time)
+            and not _any(pool, _OF_POOLS)
+        )
+
+    def takes_at_once(self) -> bool:
+        """Tell whether the pool takes a connection back with nothing to wait for."""
+        pool = self.engine.pool
+        return (
+            isinstance(pool, QueuePool)
+            and pool.checkedin() < pool.size()  # otherwise it closes the connection
             and not _any(pool, _OF_POOLS)
         )
 
@@ -114,7 +125,7 @@ def plain(session: AnySession, factory: object) -> Plain | None:
     return None
 
 
-_listeners = {
+_listeners: dict[tuple[str, ...], Callable[[Any], Iterable[object]]] = {
     events: operator.attrgetter(*events)
     for events in (_OF_SESSIONS, _OF_ENGINES, _OF_POOLS, _OF_DIALECTS)
 }

@@ -12,7 +12,7 @@ the cancellation goes on afterwards: a write left behind in a thread could land 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 from weakref import WeakSet
@@ -20,7 +20,7 @@ from weakref import WeakSet
 from anyio import CapacityLimiter
 from sqlalchemy import Connection, Engine
 from sqlalchemy.dialects.postgresql.base import PGDialect
-from sqlalchemy.exc import DBAPIError, MissingGreenlet
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from ._cancellation import completed
@@ -29,7 +29,7 @@ from ._factories import check_bind
 from ._plain import Plain, plain
 from ._statements import AsyncpgExecutor, Executor, Operation, Unclear
 from ._threads import in_thread
-from ._turns import Bind, Turn, alone, crew, crew_turn, is_exhausted, spare_turn, turn
+from ._turns import Bind, Turn, alone, crew, is_exhausted, spare_turn, turn
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -112,6 +112,8 @@ class Runner:
         :return: what the operation returns
         """
         plain = self._plain_here()
+        session: AnySession
+        bind: Bind
         if plain is not None:
             session, bind = plain.session, plain.engine
             work = partial(_on_connection, plain, operation, writes)
@@ -125,11 +127,10 @@ class Runner:
                 True,
                 self._bind_arguments,
             )
+        way: Callable[[Callable[[], T]], Awaitable[T]] = partial(carry, session)
         if not self._is_async:
-            workers = crew(bind, writes)
-            return self._in_turn(crew_turn(bind, self._limiter), workers.do, session, bind, work)
-        way = partial(carry, session)
-        if plain is not None and plain.executor() is AsyncpgExecutor:
+            way = crew(bind).do
+        elif plain is not None and plain.executor() is AsyncpgExecutor:
             way = partial(_by_asyncpg, plain, operation)
         return self._in_turn(turn(bind, writes, self._limiter), way, session, bind, work)
 
@@ -213,30 +214,36 @@ def _in_session(
 
 
 async def _by_asyncpg(plain: Plain, operation: Operation[T], work: Callable[[], T]) -> T:
-    """Run an operation without a greenlet where the pool has a connection at hand.
+    """Run an operation without a greenlet, but for what its pool may have to wait for.
 
     :param work: the same operation for a greenlet
     """
-    if plain.engine not in _in_transactions and plain.has_one_at_hand():
-        # The pool may find that it has to open another one after all.
-        with suppress(MissingGreenlet):
-            return await completed(_on_asyncpg(plain, operation))
-    return await carry(plain.session, work)
+    if plain.engine in _in_transactions:
+        return await carry(plain.session, work)
+    return await completed(_on_asyncpg(plain, operation))
 
 
 async def _on_asyncpg(plain: Plain, operation: Operation[T]) -> T:
-    connection = plain.engine.connect()
+    in_greenlet = cast("AsyncSession", plain.session).run_sync
+    _check_pool(plain.engine)
+    if plain.gives_at_once():
+        connection = plain.engine.connect()
+    else:
+        connection = await in_greenlet(lambda _: plain.engine.connect())
 
     def again(_: Session) -> T:
-        with connection.execution_options(**_AUTOCOMMIT):
-            return _by_sqlalchemy(connection, operation, False)
+        connection.execution_options(**_AUTOCOMMIT)
+        return _by_sqlalchemy(connection, operation, False)
 
     try:
         return await AsyncpgExecutor(connection, plain.texts).perform_async(operation)
     except Unclear:
-        return await cast("AsyncSession", plain.session).run_sync(again)
+        return await in_greenlet(again)
     finally:
-        connection.close()
+        if plain.takes_at_once() and not connection.in_transaction():
+            connection.close()
+        else:
+            await in_greenlet(lambda _: connection.close())
 
 
 def _on_connection(plain: Plain, operation: Operation[T], writes: bool, spare: bool = False) -> T:

@@ -24,7 +24,7 @@ class Answer(NamedTuple):
 
     rows: Sequence[Sequence[Any]] | None
     """All rows; None if the statement returns none."""
-    count: int
+    changed: int
     """How many rows a statement that returns none has found, if the driver knows."""
 
     def scalar(self) -> Any:
@@ -33,7 +33,7 @@ class Answer(NamedTuple):
 
     def found(self) -> bool:
         """Tell whether there was a row to read or to change."""
-        return self.count > 0 if self.rows is None else bool(self.rows)
+        return self.changed > 0 if self.rows is None else bool(self.rows)
 
 
 class Ask(NamedTuple):

@@ -83,7 +83,8 @@ class Crew:
             cancelled
         :return: what it returns
         """
-        call = self._latest = _Call(work, self._loop)
+        call = _Call(work, self._loop)
+        self._latest = call
         self._unanswered += 1
         self._calls.put(call)
         if len(self._workers) < self._unanswered:
@@ -113,9 +114,9 @@ class Crew:
             self._is_watching = True
             self._loop.call_later(_PATIENCE, self._look, self._latest, context=Context())
 
-    def _look(self, call: _Call[Any]) -> None:
+    def _look(self, call: _Call[Any] | None) -> None:
         self._is_watching = False
-        if not call.has_begun:
+        if call is not None and not call.has_begun:
             self._hire(self._most)
         self._watch()
 

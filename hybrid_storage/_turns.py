@@ -30,8 +30,7 @@ _calls: Registry[CapacityLimiter] = RunVar("calls")
 _transactions: Registry[CapacityLimiter] = RunVar("transactions")
 _writers: Registry[CapacityLimiter] = RunVar("writers")
 _spares: Registry[CapacityLimiter] = RunVar("spares")
-_working: Registry[Crew] = RunVar("working")
-_writing: Registry[Crew] = RunVar("writing")
+_crews: Registry[Crew] = RunVar("crews")
 
 _locks: WeakKeyDictionary[object, threading.Lock] = WeakKeyDictionary()
 _locks_guard = threading.Lock()
@@ -91,27 +90,12 @@ def turn(bind: Bind, writes: bool, limiter: CapacityLimiter | None) -> Turn:
     return Turn(*limiters)
 
 
-def crew_turn(bind: Bind, limiter: CapacityLimiter | None) -> Turn:
-    """Return a turn at the database for a call that a crew does, which limits calls by itself.
+def crew(bind: Bind) -> Crew:
+    """Return the workers for calls by connections of their own, as many as there are of those.
 
     :param bind: the engine, or the connection, that the call will use
-    :param limiter: the limiter to use besides
     """
-    limiters = [] if limiter is None else [limiter]
-    if _is_shared(bind):
-        limiters.append(_here(_calls, bind, _limiter))
-    return Turn(*limiters)
-
-
-def crew(bind: Bind, writes: bool) -> Crew:
-    """Return the workers for a call: as many as there are connections.
-
-    :param bind: the engine, or the connection, that the call will use
-    :param writes: whether the call writes; SQLite takes one writer at a time
-    """
-    if isinstance(bind.dialect, SQLiteDialect) and capacity(bind) > 1:
-        return _here(_writing, bind, _one_worker) if writes else _here(_working, bind, _readers)
-    return _here(_working, bind, _workers)
+    return _here(_crews, bind, _crew)
 
 
 def long_turn(bind: Bind) -> Turn:
@@ -192,16 +176,8 @@ def _one(_: Bind) -> CapacityLimiter:
     return CapacityLimiter(1)
 
 
-def _workers(bind: Bind) -> Crew:
+def _crew(bind: Bind) -> Crew:
     return Crew(capacity(bind))
-
-
-def _readers(bind: Bind) -> Crew:
-    return Crew(capacity(bind) - 1)
-
-
-def _one_worker(_: Bind) -> Crew:
-    return Crew(1)
 
 
 def _here(registry: Registry[R], bind: Bind, make: Callable[[Bind], R]) -> R:

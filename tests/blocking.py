@@ -28,11 +28,11 @@ class Lock:
         self.connection = connection
         self._table = storage.table
         self._row = row
-        self._begun = 0
+        self._pool: Any = storage._runner.open()[1].engine.pool
 
     async def is_waited_for(self) -> None:
         """Wait until a statement of the storage has begun and waits for the lock."""
-        await until(lambda: self._begun > 0)
+        await until(lambda: self._pool.checkedout() > 0)
         if self.connection.dialect.name == "postgresql":
             waiting = text(
                 "SELECT count(*) FROM pg_locks"
@@ -44,7 +44,8 @@ class Lock:
             status = text("SHOW ENGINE INNODB STATUS")
             waits = re.compile(rf"TO BE GRANTED:\s+RECORD LOCKS .*`{self._table.name}`")
             await until(lambda: bool(waits.search(self.connection.execute(status).one()[2])))
-        # SQLite does not tell; but what has begun there can go no further.
+        else:  # it does not tell; but what has begun there can go no further
+            await give_way()
 
     def write(self, **values: str | None) -> None:
         """Change the row in the transaction that holds the lock."""
@@ -71,10 +72,6 @@ class Lock:
         )
         assert self.connection.scalar(found) == 1, "there is no row to lock"
 
-    def _note(self, connection: Connection, cursor: object, statement: str, *_: object) -> None:
-        if connection.engine is not self.connection.engine and self._table.name in statement:
-            self._begun += 1
-
 
 @contextmanager
 def locked(way: Way, url: URL, storage: SQLAlchemyStorage, key: StorageKey) -> Iterator[Lock]:
@@ -85,11 +82,7 @@ def locked(way: Way, url: URL, storage: SQLAlchemyStorage, key: StorageKey) -> I
     with engine.connect() as connection:
         lock = Lock(connection, storage, row)
         lock._acquire()
-        event.listen(Engine, "before_cursor_execute", lock._note)
-        try:
-            yield lock
-        finally:
-            event.remove(Engine, "before_cursor_execute", lock._note)
+        yield lock
 
 
 @contextmanager

@@ -1,0 +1,108 @@
+"""Workers: calls wait no longer than they must, and every call gets its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from functools import partial
+
+import anyio
+import pytest
+
+from hybrid_storage import _threads
+from hybrid_storage._threads import Crew
+
+
+async def test_calls_that_take_long_are_done_at_the_same_time() -> None:
+    crew = Crew(8)
+    together = threading.Barrier(8)
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as calls:
+            for _ in range(8):
+                calls.start_soon(crew.do, partial(together.wait, 10))
+
+
+async def test_there_are_no_more_workers_than_allowed() -> None:
+    crew = Crew(2)
+    threads: set[int] = set()
+
+    def work() -> None:
+        threads.add(threading.get_ident())
+
+    async with anyio.create_task_group() as calls:
+        for _ in range(50):
+            calls.start_soon(crew.do, work)
+    assert 1 <= len(threads) <= 2
+
+
+async def test_answers_go_to_those_who_asked() -> None:
+    crew = Crew(4)
+
+    async def ask(number: int) -> None:
+        if number % 7 == 0:
+            with pytest.raises(ValueError, match=str(number)):
+                await crew.do(partial(float, f"number {number}"))
+        else:
+            assert await crew.do(lambda: number) == number
+
+    async with anyio.create_task_group() as calls:
+        for number in range(300):
+            calls.start_soon(ask, number)
+
+
+async def test_a_call_that_comes_when_a_worker_has_just_left_is_done() -> None:
+    crew = Crew(1)
+    for _ in range(4):
+        assert await crew.do(lambda: 5) == 5
+        await asyncio.sleep(_threads._LINGER)
+
+
+async def test_a_call_that_is_cancelled_before_it_begins_is_not_done() -> None:
+    crew = Crew(1)
+    gate = threading.Event()
+    done: list[str] = []
+    first = asyncio.ensure_future(crew.do(lambda: gate.wait(10)))
+    await asyncio.sleep(0.01)
+    second = asyncio.ensure_future(crew.do(lambda: done.append("second")))
+    await asyncio.sleep(0.01)
+    second.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await second
+    gate.set()
+    assert await first
+    assert await crew.do(lambda: 5) == 5
+    assert done == []
+
+
+async def test_workers_that_somebody_cancels_are_replaced() -> None:
+    crew = Crew(1)
+    assert await crew.do(lambda: 5) == 5
+    for worker in list(crew._workers):
+        worker.cancel()
+    with anyio.fail_after(10):
+        assert await crew.do(lambda: 6) == 6
+        assert await crew.do(lambda: 7) == 7
+
+
+async def test_a_call_fails_if_there_can_be_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    crew = Crew(4)
+
+    async def no_thread(*_: object, **__: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("anyio.to_thread.run_sync", no_thread)
+    with anyio.fail_after(10), pytest.raises(RuntimeError, match="can't start new thread"):
+        await crew.do(lambda: 5)
+
+
+def test_workers_end_with_their_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_threads, "_LINGER", 3600.0)
+    before = set(threading.enumerate())
+
+    async def main() -> None:
+        assert await Crew(4).do(lambda: 5) == 5
+
+    asyncio.run(main())
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)
+        assert not thread.is_alive()

@@ -1,0 +1,271 @@
+"""Statements by the driver: whoever listens misses none, and connections come back as they were."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import Any
+
+import anyio
+import pytest
+from aiogram.fsm.storage.base import StorageKey
+from conftest import Open, in_session, rows
+from sqlalchemy import URL, Dialect, Engine, MetaData, String, TypeDecorator, event
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from ways import POSTGRESQL, SERVERS, SQLITE, Way
+
+from hybrid_storage import FSMData, SQLAlchemyStorage
+
+on_every_driver = pytest.mark.parametrize("way", SERVERS, ids=str)
+on_postgresql = pytest.mark.parametrize("way", POSTGRESQL, ids=str)
+
+
+def engine_of(storage: SQLAlchemyStorage) -> Engine:
+    """Return the synchronous engine that a storage uses."""
+    return storage._runner.open()[1].engine
+
+
+async def every_call(storage: SQLAlchemyStorage, key: StorageKey) -> None:
+    """Make each of the storage's calls, and check what they return."""
+    await storage.set_state(key, "Form:name")
+    await storage.set_data(key, {"name": "Ada"})
+    assert await storage.update_data(key, {"age": 36}) == {"name": "Ada", "age": 36}
+    assert await storage.get_state(key) == "Form:name"
+    assert await storage.get_data(key) == {"name": "Ada", "age": 36}
+    await storage.set_data(key, {})
+    assert await storage.update_data(key, {"age": 37}) == {"age": 37}
+    await storage.set_state(key, None)
+    await storage.set_data(key, {})
+    assert await rows(storage) == []
+    await storage.set_state(key, "Form:name")
+    await storage.clear(key)
+    assert await rows(storage) == []
+
+
+@on_every_driver
+async def test_a_listener_that_comes_late_sees_every_statement(
+    storage: SQLAlchemyStorage, key: StorageKey
+) -> None:
+    await every_call(storage, key)
+    seen: list[str] = []
+    event.listen(
+        engine_of(storage), "before_cursor_execute", lambda *args: seen.append(args[2]), named=False
+    )
+    await every_call(storage, key)
+    for verb in ("INSERT", "SELECT", "UPDATE", "DELETE"):
+        assert any(text.startswith(verb) for text in seen), verb
+
+
+@on_every_driver
+async def test_a_log_of_the_statements_has_the_storages(
+    storage: SQLAlchemyStorage, key: StorageKey, caplog: pytest.LogCaptureFixture
+) -> None:
+    await storage.set_state(key, "Form:name")
+    with caplog.at_level(logging.INFO, "sqlalchemy.engine"):
+        await storage.set_state(key, "Form:age")
+    assert "INSERT INTO" in caplog.text
+
+
+@on_every_driver
+async def test_what_an_application_sets_for_the_engine_is_obeyed(
+    way: Way, url_of: Callable[[Way], URL], key: StorageKey, open_storage: Open
+) -> None:
+    other = await open_storage(way, table_name="fsm_other")
+    renamed = {"nowhere": None}
+    engine: Any = way.engine(url_of(way)).execution_options(schema_translate_map=renamed)
+    metadata = MetaData(schema="nowhere")
+    storage = SQLAlchemyStorage(way.factory(engine), metadata, table_name="fsm_other")
+    await storage.set_state(key, "Form:name")
+    assert await other.get_state(key) == "Form:name"
+    await dispose(engine)
+
+
+class Reversed(TypeDecorator[str]):
+    """Keeps text back to front."""
+
+    impl = String(1000)
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        return value and value[::-1]
+
+    process_result_value = process_bind_param
+
+
+@pytest.mark.parametrize("way", [*SQLITE, *POSTGRESQL], ids=str)
+async def test_a_columns_own_type_sees_what_is_written_and_read(
+    way: Way, open_storage: Open, key: StorageKey
+) -> None:
+    class Base(DeclarativeBase):
+        pass
+
+    class Conversation(FSMData, Base):
+        __tablename__ = "reversed_conversation"
+
+        state: Mapped[str | None] = mapped_column(Reversed())
+
+    storage = await open_storage(way, table_name=Conversation)
+    await storage.set_state(key, "Form:name")
+    assert await storage.get_state(key) == "Form:name"
+    stored = await in_session(
+        storage,
+        lambda session: (
+            session.connection().exec_driver_sql("SELECT state FROM reversed_conversation").scalar()
+        ),
+    )
+    assert stored == "eman:mroF"
+
+
+@on_every_driver
+async def test_a_function_that_gives_a_columns_value_is_called(
+    way: Way, open_storage: Open, key: StorageKey
+) -> None:
+    numbers = iter(range(1, 100))
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Conversation(FSMData, Base):
+        __tablename__ = "counted_conversation"
+
+        writes: Mapped[int] = mapped_column(default=lambda: next(numbers))
+
+    storage = await open_storage(way, table_name=Conversation)
+    await storage.set_state(key, "Form:name")
+    count = await in_session(storage, lambda session: session.query(Conversation.writes).scalar())
+    assert count == 1
+
+
+def autocommits(session: Session) -> bool:
+    connection: Any = session.connection().connection.dbapi_connection
+    return bool(connection.autocommit)
+
+
+@on_postgresql
+async def test_a_connection_comes_back_without_autocommit(
+    way: Way, open_storage: Open, key: StorageKey
+) -> None:
+    storage = await open_storage(way, engine_options={"pool_size": 1, "max_overflow": 0})
+    await storage.set_state(key, "Form:name")
+    assert not await in_session(storage, autocommits)
+    await storage.update_data(key, {"name": "Ada"})
+    assert not await in_session(storage, autocommits)
+    await in_session(storage, lambda session: storage.table.drop(session.connection()))
+    with pytest.raises(DBAPIError, match=storage.table.name):
+        await storage.get_state(key)
+    assert not await in_session(storage, autocommits)
+
+
+@on_postgresql
+@pytest.mark.parametrize(
+    "options",
+    [{"pool_pre_ping": True}, {"pool_recycle": 0}, {"isolation_level": "AUTOCOMMIT"}],
+    ids=lambda options: next(iter(options)),
+)
+async def test_an_engines_own_settings_are_no_obstacle(
+    way: Way, options: dict[str, Any], open_storage: Open, key: StorageKey
+) -> None:
+    storage = await open_storage(way, engine_options=options)
+    for _ in range(3):
+        await every_call(storage, key)
+
+
+@on_postgresql
+async def test_a_pools_listener_may_wait_for_the_driver(
+    way: Way, open_storage: Open, key: StorageKey
+) -> None:
+    storage = await open_storage(way)
+    engine = engine_of(storage)
+    seen: list[object] = []
+
+    def look(connection: Any, *_: object) -> None:
+        cursor = connection.cursor()
+        cursor.execute("SELECT 1")
+        seen.append(cursor.fetchone())
+        cursor.close()
+        connection.rollback()
+
+    event.listen(engine, "checkout", look)
+    await every_call(storage, key)
+    assert len(seen) > 10
+
+
+@on_postgresql
+async def test_a_connection_that_the_server_closed_is_replaced(
+    way: Way, open_storage: Open, key: StorageKey
+) -> None:
+    storage = await open_storage(way, engine_options={"pool_size": 2, "max_overflow": 0})
+    await storage.set_state(key, "Form:name")
+    await in_session(
+        storage,
+        lambda session: (
+            session.connection()
+            .exec_driver_sql(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE pid <> pg_backend_pid() AND datname = current_database()"
+            )
+            .all()
+        ),
+    )
+    async with anyio.create_task_group() as calls:
+        for _ in range(8):
+            calls.start_soon(storage.get_state, key)
+    assert await storage.get_state(key) == "Form:name"
+
+
+@on_every_driver
+async def test_connections_beyond_the_pools_size_are_closed_again(
+    way: Way, open_storage: Open, key: StorageKey
+) -> None:
+    storage = await open_storage(way, engine_options={"pool_size": 1, "max_overflow": 4})
+    for _ in range(5):
+        async with anyio.create_task_group() as calls:
+            for number in range(12):
+                other = replace(key, user_id=number)
+                calls.start_soon(storage.set_state, other, "Form:name")
+                calls.start_soon(storage.get_data, other)
+    pool: Any = engine_of(storage).pool
+    assert pool.checkedin() == 1
+    assert pool.checkedout() == 0
+
+
+tenant: ContextVar[str] = ContextVar("tenant")
+
+
+@on_every_driver
+async def test_a_listener_has_the_context_of_the_caller(
+    storage: SQLAlchemyStorage, key: StorageKey
+) -> None:
+    seen: list[str | None] = []
+    event.listen(
+        engine_of(storage), "before_cursor_execute", lambda *_: seen.append(tenant.get(None))
+    )
+
+    async def call(name: str) -> None:
+        tenant.set(name)
+        await storage.get_state(key)
+
+    for name in ("one", "two"):
+        async with anyio.create_task_group() as calls:
+            calls.start_soon(call, name)
+    assert seen == ["one", "two"]
+
+
+async def dispose(engine: Engine | AsyncEngine) -> None:
+    if isinstance(engine, AsyncEngine):
+        await engine.dispose()
+    else:
+        engine.dispose()
+
+
+@on_every_driver
+async def test_a_statement_is_compiled_once(storage: SQLAlchemyStorage, key: StorageKey) -> None:
+    for _ in range(5):
+        await storage.get_state(key)
+    plain = storage._runner._plain
+    assert plain is not None
+    assert len(plain.texts) == 1
