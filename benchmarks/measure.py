@@ -28,9 +28,9 @@ ROUND_TRIP = "one round trip"
 class Scale:
     """How much to measure."""
 
-    rounds: int = 15
-    operations: int = 16
-    """In a turn; fewer where an operation takes long."""
+    rounds: int = 11
+    operations: int = 32
+    """In a turn; fewer where an operation takes long, more where there are many tasks."""
     tasks: Sequence[int] = (1, 16, 64)
     delays: Sequence[float] = (0.0, 0.005)
     rows: Sequence[int] = (100, 10_000, 1_000_000)
@@ -98,7 +98,7 @@ class Run:
         self, section: str, works: list[Work], operations: int, rounds: int | None = None
     ) -> None:
         turns = [
-            Turn(Cell(section, work.name, str(tasks)), work, tasks, max(operations, tasks))
+            Turn(Cell(section, work.name, str(tasks)), work, tasks, max(operations, 2 * tasks))
             for tasks in self.scale.tasks
             for work in works
         ]

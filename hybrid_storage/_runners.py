@@ -2,8 +2,8 @@
 
 Either way a session is opened, the function called with it, and the session committed and closed,
 all in one go. The function sees a synchronous ``Session`` both times; only the waiting differs.
-Where a session would do no more than open a connection, the storage's calls take the connection.
-Nothing in here knows aiogram or the table.
+Where a session would do no more than open a connection, an operation gets the connection, and by
+asyncpg it needs no greenlet. Nothing in here knows aiogram or the table.
 
 A call that is cancelled before its turn never begins. One that has begun is finished first, and
 the cancellation goes on afterwards: a write left behind in a thread could land after a newer one.

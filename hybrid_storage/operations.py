@@ -3,8 +3,8 @@
 This is the storage's whole behaviour; the rest only decides how a call reaches the database:
 
 * ``Operations`` (here) turns keys, states and data into text and back,
-* ``_rows.py`` holds the statements,
-* ``storage.py`` runs the same statements for aiogram, in sessions of its own,
+* ``_rows.py`` holds the statements, and ``_statements.py`` runs them,
+* ``storage.py`` has the same operations run for aiogram, on connections of its own,
 * ``_runners.py`` carries them there: in a greenlet or in a thread.
 
 Synchronous code calls them with the session it has, asynchronous code hands them to
