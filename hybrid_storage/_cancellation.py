@@ -70,6 +70,8 @@ def _completed(coroutine: Coroutine[Any, Any, T]) -> Generator[Any, None, T]:
             if interruption is not None:
                 raise interruption from None
             return cast("T", stop.value)
+        except (KeyboardInterrupt, SystemExit):
+            raise
         except BaseException:
             if interruption is not None:
                 raise interruption from None

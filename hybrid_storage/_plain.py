@@ -19,6 +19,7 @@ from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.engine.interfaces import BindTyping
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import QueuePool
+from sqlalchemy.pool.base import reset_rollback
 
 from ._statements import AsyncpgExecutor, DriverExecutor, Text
 
@@ -71,23 +72,14 @@ class Plain:
             not isinstance(dialect, (PGDialect, SQLiteDialect, MySQLDialect))
             or dialect.bind_typing is BindTyping.SETINPUTSIZES
             or engine.get_execution_options()
+            # Otherwise nobody ends the transaction that a driver has begun.
+            or engine.pool._reset_on_return is not reset_rollback
             or engine.logger.isEnabledFor(logging.INFO)
             or _any(engine, _OF_ENGINES)
             or _any(dialect, _OF_DIALECTS)
         ):
             return None
         return AsyncpgExecutor if dialect.driver == "asyncpg" else DriverExecutor
-
-    def gives_at_once(self) -> bool:
-        """Tell whether the pool gives a connection with nothing to wait for."""
-        pool = self.engine.pool
-        return (
-            isinstance(pool, QueuePool)
-            and pool.checkedin() > 0
-            # Otherwise it may look whether the connection lives, or replace it.
-            and not (pool._pre_ping or pool._recycle > -1 or pool._invalidate_time)
-            and not _any(pool, _OF_POOLS)
-        )
 
     def takes_at_once(self) -> bool:
         """Tell whether the pool takes a connection back with nothing to wait for."""
@@ -120,6 +112,7 @@ def plain(session: AnySession, factory: object) -> Plain | None:
         and isinstance(inner.bind, Engine)
         and not getattr(factory, "kw", {}).get("binds")
         and not inner.twophase
+        and not getattr(inner, "execution_options", None)  # since SQLAlchemy 2.1
     ):
         return Plain(session, inner.bind)
     return None

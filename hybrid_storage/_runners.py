@@ -226,21 +226,20 @@ async def _by_asyncpg(plain: Plain, operation: Operation[T], work: Callable[[], 
 async def _on_asyncpg(plain: Plain, operation: Operation[T]) -> T:
     in_greenlet = cast("AsyncSession", plain.session).run_sync
     _check_pool(plain.engine)
-    if plain.gives_at_once():
-        connection = plain.engine.connect()
-    else:
-        connection = await in_greenlet(lambda _: plain.engine.connect())
-
-    def again(_: Session) -> T:
-        connection.execution_options(**_AUTOCOMMIT)
-        return _by_sqlalchemy(connection, operation, False)
-
+    connection = await in_greenlet(lambda _: plain.engine.connect())
+    closes_at_once = False
     try:
-        return await AsyncpgExecutor(connection, plain.texts).perform_async(operation)
-    except Unclear:
-        return await in_greenlet(again)
+        executor = AsyncpgExecutor(connection, plain.texts)
+        if not executor.in_transaction():
+            try:
+                result = await executor.perform_async(operation)
+                closes_at_once = plain.takes_at_once()
+                return result
+            except Unclear:
+                pass
+        return await in_greenlet(lambda _: _by_sqlalchemy(connection, operation, True))
     finally:
-        if plain.takes_at_once() and not connection.in_transaction():
+        if closes_at_once:
             connection.close()
         else:
             await in_greenlet(lambda _: connection.close())
@@ -262,7 +261,7 @@ def _on_connection(plain: Plain, operation: Operation[T], writes: bool, spare: b
         try:
             ends = autocommits and executor.autocommit()
             result = executor.perform(operation)
-            if writes and not autocommits:
+            if writes and not ends:
                 executor.commit()
             return result
         except Unclear:

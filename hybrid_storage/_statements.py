@@ -127,17 +127,24 @@ class DriverExecutor(Executor):
         return text.sql, text.values(ask.parameters)
 
     def autocommit(self) -> bool:
-        """Have each statement commit by itself.
+        """Have each statement commit by itself, unless a listener has begun a transaction.
 
-        :return: whether that is to be ended, by :meth:`end_autocommit`
+        :return: whether they do, until :meth:`end_autocommit`
         """
-        if self._dbapi.autocommit:
+        if self._dbapi.autocommit or self.in_transaction():
             return False
         try:
             self._dbapi.autocommit = True
-        except Exception as error:
-            raise self._judged(error) from error
+        except self.dialect.loaded_dbapi.Error as error:
+            judged = self._judged(error)
+            if isinstance(judged, Unclear):
+                raise judged from error
+            return False  # it has begun one
         return True
+
+    def in_transaction(self) -> bool:
+        """Tell whether the driver knows that a transaction has begun, and would not say so."""
+        return False
 
     def end_autocommit(self) -> None:
         """Give the connection back as it was, unless it is lost."""
@@ -181,6 +188,9 @@ class AsyncpgExecutor(DriverExecutor):
     SQLAlchemy's cursor for asyncpg prepares statements in a cache of its own, and costs half of
     what asyncpg does; so does the greenlet that it needs.
     """
+
+    def in_transaction(self) -> bool:
+        return cast("bool", self._dbapi.driver_connection.is_in_transaction())
 
     async def perform_async(self, operation: Operation[T]) -> T:
         """Run an operation's statements, as :meth:`perform` does.

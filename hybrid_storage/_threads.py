@@ -130,19 +130,19 @@ class Crew:
     def _left(self, task: asyncio.Task[None]) -> None:
         self._workers.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._fail(error)
+            if not self._workers:
+                self._fail(error)
         elif self._unanswered > len(self._workers):
             self._hire(_FEW)
 
     def _fail(self, error: BaseException) -> None:
-        """Have a call fail for which there is no thread."""
-        try:
-            call = self._calls.get_nowait()
-        except Empty:
-            return
-        if call is not None and call.claim():
-            call.error = error
-            self._report(call)
+        """Have the calls that wait fail, for which there is no thread."""
+        with suppress(Empty):
+            while True:
+                call = self._calls.get_nowait()
+                if call is not None and call.claim():
+                    call.error = error
+                    self._report(call)
 
     def _serve(self) -> None:
         while True:
@@ -172,6 +172,8 @@ class Crew:
             call.is_done = True
             if not call.answered.done():
                 call.answered.set_result(None)
+        if not self._unanswered:
+            self._latest = None  # what it was to do holds the engine
 
 
 class _Call(Generic[T]):

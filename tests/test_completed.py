@@ -58,6 +58,23 @@ async def test_a_cancellation_hides_the_error_that_comes_after_it() -> None:
         await task
 
 
+def test_an_exit_is_not_hidden_by_a_cancellation() -> None:
+    async def work() -> None:
+        with pytest.raises(RuntimeError):
+            await asyncio.sleep(0.01)
+            raise RuntimeError
+        raise SystemExit(5)
+
+    async def main() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().call_soon(task.cancel)
+        await completed(work())
+
+    with pytest.raises(SystemExit):
+        asyncio.run(main())
+
+
 async def test_a_cancellation_between_the_answer_and_the_waking_is_not_lost() -> None:
     answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 

@@ -195,6 +195,59 @@ async def test_a_pools_listener_may_wait_for_the_driver(
 
 
 @on_postgresql
+@pytest.mark.parametrize("when", ["connect", "checkout"])
+async def test_a_transaction_that_a_listener_has_begun_is_committed(
+    way: Way, when: str, open_storage: Open, key: StorageKey
+) -> None:
+    storage = await open_storage(way)
+    engine = engine_of(storage)
+
+    def look(connection: Any, *_: object) -> None:
+        cursor = connection.cursor()
+        cursor.execute("SELECT 1")
+        cursor.close()
+
+    engine.pool = engine.pool.recreate()
+    event.listen(engine, when, look)
+    for number in range(3):
+        await storage.set_state(key, f"Form:{number}")
+        assert await storage.get_state(key) == f"Form:{number}"
+    async with anyio.create_task_group() as calls:
+        for number in range(8):
+            calls.start_soon(storage.update_data, key, {str(number): number})
+    assert await storage.get_data(key) == {str(number): number for number in range(8)}
+
+
+@on_every_driver
+async def test_a_pool_that_resets_nothing_gets_no_open_transaction(
+    way: Way, open_storage: Open, key: StorageKey
+) -> None:
+    options = {"pool_reset_on_return": None, "pool_size": 2, "max_overflow": 0}
+    storage = await open_storage(way, engine_options=options)
+    other = await open_storage(way, table_name=storage.table.name)
+    await storage.set_state(key, "Form:name")
+    assert await storage.get_state(key) == "Form:name"
+    await other.set_state(key, "Form:age")
+    assert await storage.get_state(key) == "Form:age"
+    await storage.clear(key)
+
+
+@on_postgresql
+async def test_a_connection_that_was_given_up_is_opened_anew(
+    way: Way, open_storage: Open, key: StorageKey
+) -> None:
+    storage = await open_storage(way, engine_options={"pool_size": 1, "max_overflow": 0})
+    await storage.set_state(key, "Form:name")
+
+    def give_up(session: Session) -> None:
+        session.connection().invalidate()
+        session.rollback()
+
+    await in_session(storage, give_up)
+    assert await storage.get_state(key) == "Form:name"
+
+
+@on_postgresql
 async def test_a_connection_that_the_server_closed_is_replaced(
     way: Way, open_storage: Open, key: StorageKey
 ) -> None:
