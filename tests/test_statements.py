@@ -197,18 +197,17 @@ async def test_a_pools_listener_may_wait_for_the_driver(
 @on_postgresql
 @pytest.mark.parametrize("when", ["connect", "checkout"])
 async def test_a_transaction_that_a_listener_has_begun_is_committed(
-    way: Way, when: str, open_storage: Open, key: StorageKey
+    way: Way, when: str, url_of: Callable[[Way], URL], open_storage: Open, key: StorageKey
 ) -> None:
-    storage = await open_storage(way)
-    engine = engine_of(storage)
-
     def look(connection: Any, *_: object) -> None:
         cursor = connection.cursor()
         cursor.execute("SELECT 1")
         cursor.close()
 
-    engine.pool = engine.pool.recreate()
-    event.listen(engine, when, look)
+    table_name = (await open_storage(way)).table.name
+    engine: Any = way.engine(url_of(way))
+    event.listen(getattr(engine, "sync_engine", engine), when, look)
+    storage = SQLAlchemyStorage(way.factory(engine), table_name=table_name)
     for number in range(3):
         await storage.set_state(key, f"Form:{number}")
         assert await storage.get_state(key) == f"Form:{number}"
@@ -216,6 +215,7 @@ async def test_a_transaction_that_a_listener_has_begun_is_committed(
         for number in range(8):
             calls.start_soon(storage.update_data, key, {str(number): number})
     assert await storage.get_data(key) == {str(number): number for number in range(8)}
+    await dispose(engine)
 
 
 @on_every_driver
