@@ -108,9 +108,16 @@ async def drop_table(storage: SQLAlchemyStorage, engine: Engine | AsyncEngine) -
     if isinstance(engine, AsyncEngine):
         async with engine.begin() as connection:
             await connection.run_sync(storage.table.drop, checkfirst=True)
-        await engine.dispose()
     else:
         storage.table.drop(engine, checkfirst=True)
+    await dispose(engine)
+
+
+async def dispose(engine: Engine | AsyncEngine) -> None:
+    """Close the connections of an engine's pool."""
+    if isinstance(engine, AsyncEngine):
+        await engine.dispose()
+    else:
         engine.dispose()
 
 

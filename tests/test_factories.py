@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import pytest
 from aiogram.fsm.storage.base import StorageKey
 from aiogram.fsm.storage.memory import MemoryStorage
-from conftest import Open, in_session, rows
+from conftest import Open, dispose, in_session, rows
 from sqlalchemy import URL, Engine, MetaData, Table, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, UnboundExecutionError
 from sqlalchemy.ext.asyncio import (
@@ -60,13 +60,6 @@ def statement_threads(engine: Engine | AsyncEngine) -> Iterator[set[int]]:
         yield threads
     finally:
         event.remove(target, "before_cursor_execute", note)
-
-
-async def dispose(engine: Engine | AsyncEngine) -> None:
-    if isinstance(engine, AsyncEngine):
-        await engine.dispose()
-    else:
-        engine.dispose()
 
 
 # What is taken
@@ -569,3 +562,18 @@ async def test_a_storage_made_of_a_url_to_memory_works_with_the_async_driver(
     await asyncio.gather(*(storage.update_data(key, {f"field {n}": n}) for n in range(30)))
     assert len(await storage.get_data(key)) == 30
     await storage.close()
+
+
+@pytest.mark.parametrize("way", SQLITE, ids=str)
+async def test_execution_options_of_sessions_are_obeyed(
+    way: Way, url_of: Callable[[Way], URL], key: StorageKey
+) -> None:
+    engine: Any = way.engine(url_of(way))
+    made = SQLAlchemyStorage(way.factory(engine), table_name="fsm_of_a_tenant")
+    await made.create_table()
+    factory: Any = async_sessionmaker if way.is_async else sessionmaker
+    sessions = factory(engine, execution_options={"schema_translate_map": {"nowhere": None}})
+    storage = SQLAlchemyStorage(sessions, MetaData(schema="nowhere"), table_name="fsm_of_a_tenant")
+    await storage.set_state(key, "Form:name")
+    assert await made.get_state(key) == "Form:name"
+    await dispose(engine)

@@ -11,10 +11,9 @@ from typing import Any
 import anyio
 import pytest
 from aiogram.fsm.storage.base import StorageKey
-from conftest import Open, in_session, rows
+from conftest import Open, dispose, in_session, rows
 from sqlalchemy import URL, Dialect, Engine, MetaData, String, TypeDecorator, event
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from ways import POSTGRESQL, SERVERS, SQLITE, Way
 
@@ -306,13 +305,6 @@ async def test_a_listener_has_the_context_of_the_caller(
         async with anyio.create_task_group() as calls:
             calls.start_soon(call, name)
     assert seen == ["one", "two"]
-
-
-async def dispose(engine: Engine | AsyncEngine) -> None:
-    if isinstance(engine, AsyncEngine):
-        await engine.dispose()
-    else:
-        engine.dispose()
 
 
 @on_every_driver
