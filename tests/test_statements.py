@@ -15,9 +15,16 @@ from conftest import Open, dispose, in_session, rows
 from sqlalchemy import URL, Dialect, Engine, MetaData, String, TypeDecorator, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
 from ways import POSTGRESQL, SERVERS, SQLITE, Way
 
 from hybrid_storage import FSMData, SQLAlchemyStorage
+
+
+def pool(way: Way, **options: Any) -> dict[str, Any]:
+    """Return an engine's options for a pool: aiosqlite had none by default."""
+    return {"poolclass": AsyncAdaptedQueuePool if way.is_async else QueuePool, **options}
+
 
 on_every_driver = pytest.mark.parametrize("way", SERVERS, ids=str)
 on_postgresql = pytest.mark.parametrize("way", POSTGRESQL, ids=str)
@@ -221,7 +228,7 @@ async def test_a_transaction_that_a_listener_has_begun_is_committed(
 async def test_a_pool_that_resets_nothing_gets_no_open_transaction(
     way: Way, open_storage: Open, key: StorageKey
 ) -> None:
-    options = {"pool_reset_on_return": None, "pool_size": 2, "max_overflow": 0}
+    options = pool(way, pool_reset_on_return=None, pool_size=2, max_overflow=0)
     storage = await open_storage(way, engine_options=options)
     other = await open_storage(way, table_name=storage.table.name)
     await storage.set_state(key, "Form:name")
@@ -273,16 +280,16 @@ async def test_a_connection_that_the_server_closed_is_replaced(
 async def test_connections_beyond_the_pools_size_are_closed_again(
     way: Way, open_storage: Open, key: StorageKey
 ) -> None:
-    storage = await open_storage(way, engine_options={"pool_size": 1, "max_overflow": 4})
+    storage = await open_storage(way, engine_options=pool(way, pool_size=1, max_overflow=4))
     for _ in range(5):
         async with anyio.create_task_group() as calls:
             for number in range(12):
                 other = replace(key, user_id=number)
                 calls.start_soon(storage.set_state, other, "Form:name")
                 calls.start_soon(storage.get_data, other)
-    pool: Any = engine_of(storage).pool
-    assert pool.checkedin() == 1
-    assert pool.checkedout() == 0
+    used: Any = engine_of(storage).pool
+    assert used.checkedin() == 1
+    assert used.checkedout() == 0
 
 
 tenant: ContextVar[str] = ContextVar("tenant")
