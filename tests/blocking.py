@@ -28,11 +28,16 @@ class Lock:
         self.connection = connection
         self._table = storage.table
         self._row = row
-        self._pool: Any = storage._runner.open()[1].engine.pool
+        pool: Any = storage._runner.open()[1].engine.pool
+        self._has_begun: Callable[[], bool] = lambda: pool.checkedout() > 0
+        if isinstance(pool, NullPool):  # which does not count, but connects for each call
+            opened: list[object] = []
+            event.listen(pool, "connect", lambda *_: opened.append(None))
+            self._has_begun = lambda: bool(opened)
 
     async def is_waited_for(self) -> None:
         """Wait until a statement of the storage has begun and waits for the lock."""
-        await until(lambda: self._pool.checkedout() > 0)
+        await until(self._has_begun)
         if self.connection.dialect.name == "postgresql":
             waiting = text(
                 "SELECT count(*) FROM pg_locks"
