@@ -8,6 +8,7 @@ does. So the runner chooses, and the operations do not know the difference.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Generator, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
@@ -207,6 +208,8 @@ class AsyncpgExecutor(DriverExecutor):
                 text, values = self._text(ask)
                 try:
                     rows = await driver.fetch(text, *values)
+                except (OSError, asyncio.TimeoutError):
+                    raise  # SQLAlchemy would raise it as it is
                 except Exception as error:
                     raise Unclear from error
                 ask = steps.send(Answer(rows, -1))
