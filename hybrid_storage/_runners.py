@@ -11,6 +11,7 @@ the cancellation goes on afterwards: a write left behind in a thread could land 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -238,6 +239,10 @@ async def _on_asyncpg(plain: Plain, operation: Operation[T]) -> T:
             except Unclear:
                 pass
         return await in_greenlet(lambda _: _by_sqlalchemy(connection, operation, True))
+    except (OSError, asyncio.TimeoutError):
+        # asyncpg would have the next statement wait for the end of this one, for ever perhaps.
+        await in_greenlet(lambda _: connection.invalidate())
+        raise
     finally:
         if closes_at_once:
             connection.close()

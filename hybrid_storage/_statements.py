@@ -198,6 +198,7 @@ class AsyncpgExecutor(DriverExecutor):
 
         :param operation: the operation
         :raises Unclear: if this takes SQLAlchemy
+        :raises OSError: or TimeoutError; the connection cannot be used any more
         :return: what it returns
         """
         driver = self._dbapi.driver_connection
@@ -209,7 +210,7 @@ class AsyncpgExecutor(DriverExecutor):
                 try:
                     rows = await driver.fetch(text, *values)
                 except (OSError, asyncio.TimeoutError):
-                    raise  # SQLAlchemy would raise it as it is
+                    raise  # they are not the driver's, and SQLAlchemy leaves them alone
                 except Exception as error:
                     raise Unclear from error
                 ask = steps.send(Answer(rows, -1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -11,6 +12,7 @@ from typing import Any
 import anyio
 import pytest
 from aiogram.fsm.storage.base import StorageKey
+from blocking import locked
 from conftest import Open, dispose, in_session, rows
 from sqlalchemy import URL, Dialect, Engine, MetaData, String, TypeDecorator, event
 from sqlalchemy.exc import DBAPIError
@@ -236,6 +238,21 @@ async def test_a_pool_that_resets_nothing_gets_no_open_transaction(
     await other.set_state(key, "Form:age")
     assert await storage.get_state(key) == "Form:age"
     await storage.clear(key)
+
+
+async def test_a_connection_whose_statement_timed_out_is_given_up(
+    url_of: Callable[[Way], URL], open_storage: Open, key: StorageKey
+) -> None:
+    way = next(each for each in POSTGRESQL if each.driver == "asyncpg")
+    options = {"connect_args": {"command_timeout": 0.3}}
+    storage = await open_storage(way, engine_options=options, retry_for=0)
+    await storage.set_state(key, "old")
+    closed: list[object] = []
+    event.listen(engine_of(storage), "invalidate", lambda *_: closed.append(None))
+    with locked(way, url_of(way), storage, key), pytest.raises(asyncio.TimeoutError):
+        await storage.set_state(key, "new")
+    assert len(closed) == 1
+    assert await storage.get_state(key) == "old"
 
 
 @on_postgresql
