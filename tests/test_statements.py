@@ -252,7 +252,8 @@ async def test_a_connection_whose_statement_timed_out_is_given_up(
     with locked(way, url_of(way), storage, key), pytest.raises(asyncio.TimeoutError):
         await storage.set_state(key, "new")
     assert len(closed) == 1
-    assert await storage.get_state(key) == "old"
+    # The server may have been told to cancel it, or may finish it.
+    assert await storage.get_state(key) in ("old", "new")
 
 
 @on_postgresql
