@@ -35,7 +35,7 @@ from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.orm import Session
 
 from ._rows import asked
-from ._statements import Answer, Ask, Executor, Steps
+from ._statements import Answer, Ask, CoreExecutor, Steps
 from ._upsert import telling
 
 
@@ -58,9 +58,9 @@ class Leases:
         self._delete = delete(table).where(table.c.id == bindparam("_row"), mine)
         self.renew_mine: Update = update(table).where(these, mine)
 
-    def to_write(self, session: Session) -> Executor:
+    def to_write(self, session: Session) -> CoreExecutor:
         """Return what runs statements where a session would change the table."""
-        return Executor(session.connection({**self._bind_arguments, "clause": self._delete}))
+        return CoreExecutor(session.connection({**self._bind_arguments, "clause": self._delete}))
 
     def acquire(self, database: Dialect, row: str, owner: str, lease: float) -> Steps[bool]:
         """Take a lease unless another owner has it and its time is not over.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Engine, Executable
+from sqlalchemy import Engine, Executable, __version__
 from sqlalchemy.dialects.mysql.base import MySQLDialect
 from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
@@ -25,6 +25,9 @@ from ._statements import AsyncpgExecutor, DriverExecutor, Text
 
 if TYPE_CHECKING:
     from ._runners import AnySession
+
+# SQLAlchemy 2.0 awaits its queue even where there is something in it.
+_QUEUE_GIVES_AT_ONCE = not __version__.startswith("2.0.")
 
 _OF_SESSIONS = (
     "after_begin",
@@ -81,6 +84,19 @@ class Plain:
             return None
         return AsyncpgExecutor if dialect.driver == "asyncpg" else DriverExecutor
 
+    def gives_at_once(self) -> bool:
+        """Tell whether the pool has a connection to give with nothing to wait for.
+
+        Unless that one has been invalidated: then there is no greenlet to connect anew in.
+        """
+        pool = self.engine.pool
+        return (
+            _QUEUE_GIVES_AT_ONCE
+            and isinstance(pool, QueuePool)
+            and pool.checkedin() > 0
+            and not (pool._pre_ping or pool._recycle >= 0 or pool.dispatch.checkout)
+        )
+
     def takes_at_once(self) -> bool:
         """Tell whether the pool takes a connection back with nothing to wait for."""
         pool = self.engine.pool
@@ -125,4 +141,4 @@ _listeners: dict[tuple[str, ...], Callable[[Any], Iterable[object]]] = {
 
 
 def _any(target: Any, events: tuple[str, ...]) -> bool:
-    return any(_listeners[events](target.dispatch))
+    return True in map(bool, _listeners[events](target.dispatch))

@@ -34,7 +34,7 @@ from sqlalchemy.orm.exc import StaleDataError
 
 from ._errors import is_missing_table
 from ._limits import Limits, is_suspect
-from ._statements import Answer, Ask, Executor, Steps
+from ._statements import Answer, Ask, CoreExecutor, Steps
 from ._upsert import Upsert, is_empty, telling
 from .model import FSMData, table_of
 
@@ -65,13 +65,13 @@ class Rows:
         self._delete = delete(table).where(this_row)
         self._delete_empty = self._delete.where(table.c.state.is_(None), is_empty(table.c.data))
 
-    def to_read(self, session: Session) -> Executor:
+    def to_read(self, session: Session) -> CoreExecutor:
         """Return what runs statements where a session would read the table."""
-        return Executor(session.connection({**self.bind_arguments, "clause": self._select_data}))
+        return CoreExecutor(session.connection({**self.bind_arguments, "clause": self._select_data}))
 
-    def to_write(self, session: Session) -> Executor:
+    def to_write(self, session: Session) -> CoreExecutor:
         """Return what runs statements where a session would change the table."""
-        return Executor(session.connection({**self.bind_arguments, "clause": self.replace_data}))
+        return CoreExecutor(session.connection({**self.bind_arguments, "clause": self.replace_data}))
 
     def get_state(self, database: Dialect, row: str) -> Steps[str | None]:
         """Return the state, None if there is none."""

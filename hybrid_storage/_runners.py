@@ -13,24 +13,31 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 from weakref import WeakSet
 
 from anyio import CapacityLimiter
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, Pool
 from sqlalchemy.dialects.postgresql.base import PGDialect
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, MissingGreenlet
 from sqlalchemy.orm import Session
 
 from ._cancellation import completed
 from ._errors import is_lost_statement
 from ._factories import check_bind
 from ._plain import Plain, plain
-from ._statements import AsyncpgExecutor, Executor, Operation, Unclear
+from ._statements import (
+    AsyncpgExecutor,
+    CoreExecutor,
+    Executor,
+    Operation,
+    Unclear,
+    checked_out,
+)
 from ._threads import in_thread
-from ._turns import Bind, Turn, alone, crew, is_exhausted, spare_turn, turn
+from ._turns import Bind, Turn, alone, is_exhausted, place, spare_turn, turn
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -130,7 +137,7 @@ class Runner:
             )
         way: Callable[[Callable[[], T]], Awaitable[T]] = partial(carry, session)
         if not self._is_async:
-            way = crew(bind).do
+            way = place(bind).crew.do
         elif plain is not None and plain.executor() is AsyncpgExecutor:
             way = partial(_by_asyncpg, plain, operation)
         return self._in_turn(turn(bind, writes, self._limiter), way, session, bind, work)
@@ -204,8 +211,10 @@ def _in_session(
     spare: bool = False,
 ) -> T:
     if spare:
-        with _spare_connection(bind) as session.bind:
-            return _in_session(session, session.bind, function)
+        engine = bind.engine
+        with _spare_pool(bind) as pool:
+            with Connection(engine, checked_out(engine, pool)) as session.bind:
+                return _in_session(session, session.bind, function)
     if session.bind is bind:
         _check_pool(bind)
     with alone(bind), session, session.begin():
@@ -225,12 +234,18 @@ async def _by_asyncpg(plain: Plain, operation: Operation[T], work: Callable[[], 
 
 
 async def _on_asyncpg(plain: Plain, operation: Operation[T]) -> T:
+    engine = plain.engine
     in_greenlet = cast("AsyncSession", plain.session).run_sync
-    _check_pool(plain.engine)
-    connection = await in_greenlet(lambda _: plain.engine.connect())
+    _check_pool(engine)
+    pooled = None
+    if plain.gives_at_once():
+        with suppress(MissingGreenlet):
+            pooled = checked_out(engine, engine.pool)
+    if pooled is None:
+        pooled = await in_greenlet(lambda _: checked_out(engine, engine.pool))
     closes_at_once = False
     try:
-        executor = AsyncpgExecutor(connection, plain.texts)
+        executor = AsyncpgExecutor(engine, pooled, plain.texts)
         if not executor.in_transaction():
             try:
                 result = await executor.perform_async(operation)
@@ -238,46 +253,48 @@ async def _on_asyncpg(plain: Plain, operation: Operation[T]) -> T:
                 return result
             except Unclear:
                 pass
-        return await in_greenlet(lambda _: _by_sqlalchemy(connection, operation, True))
+        return await in_greenlet(lambda _: _by_sqlalchemy(Connection(engine, pooled), operation, True))
     except (OSError, asyncio.TimeoutError):
         # asyncpg would have the next statement wait for the end of this one, for ever perhaps.
-        await in_greenlet(lambda _: connection.invalidate())
+        await in_greenlet(lambda _: pooled.invalidate())
         raise
     finally:
         if closes_at_once:
-            connection.close()
+            pooled.close()
         else:
-            await in_greenlet(lambda _: connection.close())
+            await in_greenlet(lambda _: pooled.close())
 
 
 def _on_connection(plain: Plain, operation: Operation[T], writes: bool, spare: bool = False) -> T:
     engine = plain.engine
     if not spare:
         _check_pool(engine)
-    with alone(engine), _spare_connection(engine) if spare else engine.connect() as connection:
-        kind = plain.executor()
-        autocommits = _autocommits(engine)
+    kind = plain.executor()
+    autocommits = _autocommits(engine)
+    with alone(engine), _spare_pool(engine) if spare else nullcontext(engine.pool) as pool:
         if kind is None or engine in _in_transactions:
-            if autocommits:
-                connection = connection.execution_options(**_AUTOCOMMIT)
-            return _by_sqlalchemy(connection, operation, writes)
-        executor = kind(connection, plain.texts)
-        ends = False
-        try:
-            ends = autocommits and executor.autocommit()
-            result = executor.perform(operation)
-            if writes and not ends:
-                executor.commit()
-            return result
-        except Unclear:
-            return _by_sqlalchemy(connection, operation, writes)
-        finally:
-            if ends:
-                executor.end_autocommit()
+            with Connection(engine, checked_out(engine, pool) if spare else None) as connection:
+                if autocommits:
+                    connection = connection.execution_options(**_AUTOCOMMIT)
+                return _by_sqlalchemy(connection, operation, writes)
+        with closing(checked_out(engine, pool)) as pooled:
+            executor = kind(engine, pooled, plain.texts)
+            ends = False
+            try:
+                ends = autocommits and executor.autocommit()
+                result = executor.perform(operation)
+                if writes and not ends:
+                    executor.commit()
+                return result
+            except Unclear:
+                return _by_sqlalchemy(Connection(engine, pooled), operation, writes)
+            finally:
+                if ends:
+                    executor.end_autocommit()
 
 
 def _by_sqlalchemy(connection: Connection, operation: Operation[T], writes: bool) -> T:
-    result = Executor(connection).perform(operation)
+    result = CoreExecutor(connection).perform(operation)
     if writes:
         connection.commit()
     return result
@@ -291,12 +308,11 @@ def _check_pool(bind: Bind) -> None:
 
 
 @contextmanager
-def _spare_connection(bind: Bind) -> Iterator[Connection]:
-    """Give a new connection, beyond those of the pool."""
+def _spare_pool(bind: Bind) -> Iterator[Pool]:
+    """Give a pool for a connection beyond those of the bind's pool."""
     pool = bind.engine.pool.recreate()
     try:
-        with Connection(bind.engine, pool.connect()) as connection:
-            yield connection
+        yield pool
     finally:
         pool.dispose()
 

@@ -9,12 +9,14 @@ does. So the runner chooses, and the operations do not know the difference.
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
-from sqlalchemy import Connection, Dialect, Executable, Select, UpdateBase
+from sqlalchemy import Connection, Dialect, Engine, Executable, Pool, Select, UpdateBase
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.sql.compiler import SQLCompiler
 
 T = TypeVar("T")
@@ -55,16 +57,10 @@ Operation: TypeAlias = Callable[[Dialect], Steps[T]]
 """Begins an operation for a kind of database."""
 
 
-class Executor:
-    """Runs statements through SQLAlchemy."""
+class Executor(ABC):
+    """Runs the statements of operations."""
 
-    def __init__(self, connection: Connection) -> None:
-        """Remember where to.
-
-        :param connection: a session's, for Session.execute() would flush its pending objects first
-        """
-        self.connection = connection
-        self.dialect: Dialect = connection.dialect
+    dialect: Dialect
 
     def perform(self, operation: Operation[T]) -> T:
         """Run an operation's statements.
@@ -85,6 +81,22 @@ class Executor:
         except StopIteration as end:
             return cast("T", end.value)
 
+    @abstractmethod
+    def _execute(self, ask: Ask) -> Answer:
+        """Run a statement."""
+
+
+class CoreExecutor(Executor):
+    """Runs statements through SQLAlchemy."""
+
+    def __init__(self, connection: Connection) -> None:
+        """Remember where to.
+
+        :param connection: a session's, for Session.execute() would flush its pending objects first
+        """
+        self.connection = connection
+        self.dialect = connection.dialect
+
     def _execute(self, ask: Ask) -> Answer:
         with self.connection.begin_nested() if ask.in_savepoint else nullcontext():
             result = self.connection.execute(ask.statement, ask.parameters)
@@ -100,14 +112,19 @@ class Unclear(Exception):
 class DriverExecutor(Executor):
     """Runs statements by the cursor of the driver's connection."""
 
-    def __init__(self, connection: Connection, texts: dict[Executable, Text | None]) -> None:
+    def __init__(
+        self, engine: Engine, pooled: PoolProxiedConnection, texts: dict[Executable, Text | None]
+    ) -> None:
         """Remember where to.
 
-        :param connection: a new connection of the pool's
-        :param texts: the statements that have been compiled for its engine
+        :param engine: the engine
+        :param pooled: a connection of its pool's that has not been used since it was checked out
+        :param texts: the statements that have been compiled for the engine
         """
-        super().__init__(connection)
-        self._dbapi: Any = connection.connection.dbapi_connection
+        self.dialect = engine.dialect
+        self._engine = engine
+        self._pooled = pooled
+        self._dbapi: Any = pooled.dbapi_connection
         self._texts = texts
 
     def _execute(self, ask: Ask) -> Answer:
@@ -149,7 +166,7 @@ class DriverExecutor(Executor):
 
     def end_autocommit(self) -> None:
         """Give the connection back as it was, unless it is lost."""
-        if not self.connection.invalidated:
+        if self._pooled.is_valid:
             self._dbapi.autocommit = False
 
     def commit(self) -> None:
@@ -170,17 +187,46 @@ class DriverExecutor(Executor):
 
     def _judged(self, error: Exception, sql: str | None = None, values: Any = None) -> Exception:
         base = self.dialect.loaded_dbapi.Error
-        pooled: Any = self.connection.connection
+        pooled: Any = self._pooled
         if not isinstance(error, base) or self.dialect.is_disconnect(error, pooled, None):
             return Unclear()
-        return DBAPIError.instance(
-            sql,
-            values,
-            error,
-            base,
-            hide_parameters=self.connection.engine.hide_parameters,
-            dialect=self.dialect,
-        )
+        return as_sqlalchemys(error, self._engine, sql, values)
+
+
+def checked_out(engine: Engine, pool: Pool) -> PoolProxiedConnection:
+    """Check a connection out of a pool.
+
+    :param engine: the pool's engine
+    :param pool: the pool
+    :raises DBAPIError: what the driver says if it cannot connect
+    :return: the connection, as the pool hands it out
+    """
+    try:
+        return pool.connect()
+    except engine.dialect.loaded_dbapi.Error as error:
+        raise as_sqlalchemys(error, engine) from error
+
+
+def as_sqlalchemys(
+    error: Exception, engine: Engine, sql: str | None = None, values: Any = None
+) -> DBAPIError | Exception:
+    """Return a driver's error in the form that SQLAlchemy raises it.
+
+    :param error: the error
+    :param engine: the engine in whose service it was raised
+    :param sql: the statement
+    :param values: the statement's parameters
+    """
+    dialect = engine.dialect
+    return DBAPIError.instance(
+        sql,
+        values,
+        error,
+        dialect.loaded_dbapi.Error,
+        hide_parameters=engine.hide_parameters,
+        dialect=dialect,
+        connection_invalidated=dialect.is_disconnect(error, None, None),
+    )
 
 
 class AsyncpgExecutor(DriverExecutor):

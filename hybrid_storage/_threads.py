@@ -66,7 +66,6 @@ class Crew:
         :param most: how many workers there may be
         """
         self._most = most
-        self._loop = asyncio.get_running_loop()
         self._calls: SimpleQueue[_Call[Any] | None] = SimpleQueue()
         self._done: deque[_Call[Any]] = deque()
         self._is_woken = False
@@ -83,7 +82,8 @@ class Crew:
             cancelled
         :return: what it returns
         """
-        call = _Call(work, self._loop)
+        loop = asyncio.get_running_loop()
+        call = _Call(work, loop)
         self._latest = call
         self._unanswered += 1
         self._calls.put(call)
@@ -96,7 +96,7 @@ class Crew:
             if call.claim():
                 self._unanswered -= 1
             elif not call.is_done:
-                call.answered = self._loop.create_future()
+                call.answered = loop.create_future()
                 await ended(call.answered)
             raise
         return call.result()
@@ -104,7 +104,7 @@ class Crew:
     def _hire(self, most: int) -> None:
         while len(self._workers) < min(most, self._most, self._unanswered):
             # In a context of its own: the worker outlives the caller.
-            task = Context().run(self._loop.create_task, self._work())
+            task = Context().run(asyncio.create_task, self._work())
             self._workers.add(task)
             task.add_done_callback(self._left)
 
@@ -112,7 +112,8 @@ class Crew:
         """See to it that no call waits for long while there could be more workers."""
         if not self._is_watching and len(self._workers) < min(self._most, self._unanswered):
             self._is_watching = True
-            self._loop.call_later(_PATIENCE, self._look, self._latest, context=Context())
+            loop = asyncio.get_running_loop()
+            loop.call_later(_PATIENCE, self._look, self._latest, context=Context())
 
     def _look(self, call: _Call[Any] | None) -> None:
         self._is_watching = False
@@ -162,7 +163,7 @@ class Crew:
         if not self._is_woken:  # otherwise the event loop is about to look
             self._is_woken = True
             with suppress(RuntimeError):  # it is closed: nobody waits any more
-                self._loop.call_soon_threadsafe(self._answer)
+                call.answered.get_loop().call_soon_threadsafe(self._answer)
 
     def _answer(self) -> None:
         self._is_woken = False  # first: what comes from here on wakes the event loop again

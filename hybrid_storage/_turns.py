@@ -5,14 +5,13 @@ Whoever waits here waits without a thread, without the pool's time-out, and can 
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 from weakref import WeakKeyDictionary
 
 from anyio import CapacityLimiter, WouldBlock
-from anyio.lowlevel import RunVar
 from sqlalchemy import Connection, Engine, Pool
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.pool import AssertionPool, QueuePool, StaticPool
@@ -20,20 +19,47 @@ from sqlalchemy.pool import AssertionPool, QueuePool, StaticPool
 from ._threads import Crew
 
 Bind: TypeAlias = Engine | Connection
-R = TypeVar("R")
-Registry: TypeAlias = RunVar[WeakKeyDictionary[object, R]]
 
 _UNLIMITED = 40  # calls at a time on a pool that sets no limit of its own
 
-# These belong to an event loop, and serve all storages on the same pool.
-_calls: Registry[CapacityLimiter] = RunVar("calls")
-_transactions: Registry[CapacityLimiter] = RunVar("transactions")
-_writers: Registry[CapacityLimiter] = RunVar("writers")
-_spares: Registry[CapacityLimiter] = RunVar("spares")
-_crews: Registry[Crew] = RunVar("crews")
-
 _locks: WeakKeyDictionary[object, threading.Lock] = WeakKeyDictionary()
 _locks_guard = threading.Lock()
+
+
+class Place:
+    """What the calls of one event loop to one pool share, by whatever storage."""
+
+    def __init__(self, bind: Bind) -> None:
+        """Make room for as many calls as there can be connections.
+
+        :param bind: the engine, or the connection, that the calls will use
+        """
+        room = capacity(bind)
+        self.calls = CapacityLimiter(room)
+        # Calls outside a transaction must go on meanwhile, unless they share its connection.
+        self.transactions = self.calls if _is_shared(bind) else CapacityLimiter(room)
+        self.writers = CapacityLimiter(1)
+        self.spares = CapacityLimiter(1)
+        self.crew = Crew(room)
+
+
+# No place refers to its event loop or its pool: both go when nobody else has them.
+_places: WeakKeyDictionary[
+    asyncio.AbstractEventLoop, WeakKeyDictionary[Pool | Connection, Place]
+] = WeakKeyDictionary()
+
+
+def place(bind: Bind) -> Place:
+    """Return the place for calls of the running event loop.
+
+    :param bind: the engine, or the connection, that the calls will use
+    """
+    loop = asyncio.get_running_loop()
+    try:
+        return _places[loop][_resource(bind)]
+    except KeyError:
+        of_loop = _places.setdefault(loop, WeakKeyDictionary())
+        return of_loop.setdefault(_resource(bind), Place(bind))
 
 
 class Turn:
@@ -82,20 +108,12 @@ def turn(bind: Bind, writes: bool, limiter: CapacityLimiter | None) -> Turn:
     limiters = []
     if writes and isinstance(bind.dialect, SQLiteDialect):
         # Writers would otherwise sleep in SQLite's busy handler, which wakes up far too late.
-        limiters.append(_here(_writers, bind, _one))
+        limiters.append(place(bind).writers)
     if limiter is not None:
         limiters.append(limiter)
     if limiter is None or _is_shared(bind):
-        limiters.append(_here(_calls, bind, _limiter))
+        limiters.append(place(bind).calls)
     return Turn(*limiters)
-
-
-def crew(bind: Bind) -> Crew:
-    """Return the workers for calls by connections of their own, as many as there are of those.
-
-    :param bind: the engine, or the connection, that the call will use
-    """
-    return _here(_crews, bind, _crew)
 
 
 def long_turn(bind: Bind) -> Turn:
@@ -103,9 +121,7 @@ def long_turn(bind: Bind) -> Turn:
 
     :param bind: the engine, or the connection, to hold one of
     """
-    # Calls outside the transaction must go on meanwhile, unless they share its connection.
-    limiters = _calls if _is_shared(bind) else _transactions
-    return Turn(_here(limiters, bind, _limiter))
+    return Turn(place(bind).transactions)
 
 
 def spare_turn(bind: Bind) -> Turn:
@@ -113,7 +129,7 @@ def spare_turn(bind: Bind) -> Turn:
 
     :param bind: the engine whose pool is exhausted
     """
-    return Turn(_here(_spares, bind, _one))
+    return Turn(place(bind).spares)
 
 
 def alone(bind: Bind) -> AbstractContextManager[object]:
@@ -166,28 +182,3 @@ def _is_shared(bind: Bind) -> bool:
 
 def _resource(bind: Bind) -> Pool | Connection:
     return bind if isinstance(bind, Connection) else bind.pool
-
-
-def _limiter(bind: Bind) -> CapacityLimiter:
-    return CapacityLimiter(capacity(bind))
-
-
-def _one(_: Bind) -> CapacityLimiter:
-    return CapacityLimiter(1)
-
-
-def _crew(bind: Bind) -> Crew:
-    return Crew(capacity(bind))
-
-
-def _here(registry: Registry[R], bind: Bind, make: Callable[[Bind], R]) -> R:
-    """Return what this event loop has for a pool."""
-    here = registry.get(None)
-    if here is None:
-        here = WeakKeyDictionary()
-        registry.set(here)
-    resource = _resource(bind)
-    found = here.get(resource)
-    if found is None:
-        found = here[resource] = make(bind)
-    return found
