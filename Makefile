@@ -20,7 +20,7 @@ shop: $(VENV)/shop.installed
 	PYTHONPATH=examples $(BIN)/python -m legacy_shop
 
 test: $(VENV)/$(EXTRA).installed
-	$(BIN)/python -m pytest --numprocesses 2 $(TESTS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(TESTS)
 
 chaos: $(VENV)/$(EXTRA).installed
 	$(BIN)/python -m pytest tests/chaos --capture=no

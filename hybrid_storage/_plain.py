@@ -8,26 +8,24 @@ from __future__ import annotations
 
 import logging
 import operator
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Engine, Executable, __version__
+from sqlalchemy import Connection, Engine, Executable, __version__, create_engine, event
 from sqlalchemy.dialects.mysql.base import MySQLDialect
 from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.engine.interfaces import BindTyping
 from sqlalchemy.orm import Session, sessionmaker
-from sqlalchemy.pool import QueuePool
+from sqlalchemy.pool import PoolProxiedConnection, QueuePool
 from sqlalchemy.pool.base import reset_rollback
 
 from ._statements import AsyncpgExecutor, DriverExecutor, Text
 
 if TYPE_CHECKING:
     from ._runners import AnySession
-
-# SQLAlchemy 2.0 awaits its queue even where there is something in it.
-_QUEUE_GIVES_AT_ONCE = not __version__.startswith("2.0.")
 
 _OF_SESSIONS = (
     "after_begin",
@@ -51,6 +49,29 @@ _OF_ENGINES = (
 )
 _OF_POOLS = ("checkout", "checkin", "reset")
 _OF_DIALECTS = ("do_execute", "do_execute_no_params", "handle_error")
+
+
+# SQLAlchemy 2.0 awaits its queue even where there is something in it.
+_QUEUE_GIVES_AT_ONCE = not __version__.startswith("2.0.")
+
+
+class _Connecting(threading.local):
+    """Whether a pool may connect now, in this thread."""
+
+    is_allowed = True
+
+
+_connecting = _Connecting()
+
+
+class _ConnectionWasLost(Exception):
+    """What the pool has is to be connected anew."""
+
+
+def _connect(*_: object) -> None:
+    """Listen to attempts to connect: only the pool knows when it makes one."""
+    if not _connecting.is_allowed:
+        raise _ConnectionWasLost
 
 
 @dataclass
@@ -78,24 +99,33 @@ class Plain:
             # Otherwise nobody ends the transaction that a driver has begun.
             or engine.pool._reset_on_return is not reset_rollback
             or engine.logger.isEnabledFor(logging.INFO)
-            or _any(engine, _OF_ENGINES)
-            or _any(dialect, _OF_DIALECTS)
+            or _has_listened(Connection)
+            or (_has_listened(engine) and _any(engine, _OF_ENGINES))
+            or (_has_listened(dialect) and _any(dialect, _OF_DIALECTS))
         ):
             return None
         return AsyncpgExecutor if dialect.driver == "asyncpg" else DriverExecutor
 
-    def gives_at_once(self) -> bool:
-        """Tell whether the pool has a connection to give with nothing to wait for.
-
-        Unless that one has been invalidated: then there is no greenlet to connect anew in.
-        """
+    def checked_out_at_once(self) -> PoolProxiedConnection | None:
+        """Check a connection out if there is nothing to wait for, which would take a greenlet."""
         pool = self.engine.pool
-        return (
-            _QUEUE_GIVES_AT_ONCE
-            and isinstance(pool, QueuePool)
-            and pool.checkedin() > 0
-            and not (pool._pre_ping or pool._recycle >= 0 or pool.dispatch.checkout)
-        )
+        if (
+            not _QUEUE_GIVES_AT_ONCE
+            or not isinstance(pool, QueuePool)
+            or not pool.checkedin()
+            or pool._pre_ping
+            or pool._recycle >= 0
+            or pool.dispatch.checkout
+            or pool._creator.__module__ != create_engine.__module__  # it would not ask _connect()
+        ):
+            return None
+        _connecting.is_allowed = False
+        try:
+            return pool.connect()
+        except _ConnectionWasLost:
+            return None
+        finally:
+            _connecting.is_allowed = True
 
     def takes_at_once(self) -> bool:
         """Tell whether the pool takes a connection back with nothing to wait for."""
@@ -130,7 +160,12 @@ def plain(session: AnySession, factory: object) -> Plain | None:
         and not inner.twophase
         and not getattr(inner, "execution_options", None)  # since SQLAlchemy 2.1
     ):
-        return Plain(session, inner.bind)
+        engine = inner.bind
+        if engine.dialect.driver == "asyncpg" and not event.contains(
+            engine, "do_connect", _connect
+        ):
+            event.listen(engine, "do_connect", _connect, insert=True)
+        return Plain(session, engine)
     return None
 
 
@@ -138,6 +173,11 @@ _listeners: dict[tuple[str, ...], Callable[[Any], Iterable[object]]] = {
     events: operator.attrgetter(*events)
     for events in (_OF_SESSIONS, _OF_ENGINES, _OF_POOLS, _OF_DIALECTS)
 }
+
+
+def _has_listened(target: object) -> bool:
+    """Tell whether anybody ever has, by SQLAlchemy's own mark: that saves most of the looks."""
+    return getattr(target, "_has_events", True)
 
 
 def _any(target: Any, events: tuple[str, ...]) -> bool:

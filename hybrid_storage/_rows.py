@@ -67,11 +67,15 @@ class Rows:
 
     def to_read(self, session: Session) -> CoreExecutor:
         """Return what runs statements where a session would read the table."""
-        return CoreExecutor(session.connection({**self.bind_arguments, "clause": self._select_data}))
+        return CoreExecutor(
+            session.connection({**self.bind_arguments, "clause": self._select_data})
+        )
 
     def to_write(self, session: Session) -> CoreExecutor:
         """Return what runs statements where a session would change the table."""
-        return CoreExecutor(session.connection({**self.bind_arguments, "clause": self.replace_data}))
+        return CoreExecutor(
+            session.connection({**self.bind_arguments, "clause": self.replace_data})
+        )
 
     def get_state(self, database: Dialect, row: str) -> Steps[str | None]:
         """Return the state, None if there is none."""

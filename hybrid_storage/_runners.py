@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 from weakref import WeakSet
@@ -21,7 +21,7 @@ from weakref import WeakSet
 from anyio import CapacityLimiter
 from sqlalchemy import Connection, Engine, Pool
 from sqlalchemy.dialects.postgresql.base import PGDialect
-from sqlalchemy.exc import DBAPIError, MissingGreenlet
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from ._cancellation import completed
@@ -211,10 +211,8 @@ def _in_session(
     spare: bool = False,
 ) -> T:
     if spare:
-        engine = bind.engine
-        with _spare_pool(bind) as pool:
-            with Connection(engine, checked_out(engine, pool)) as session.bind:
-                return _in_session(session, session.bind, function)
+        with _spare_connection(bind.engine) as session.bind:
+            return _in_session(session, session.bind, function)
     if session.bind is bind:
         _check_pool(bind)
     with alone(bind), session, session.begin():
@@ -237,10 +235,7 @@ async def _on_asyncpg(plain: Plain, operation: Operation[T]) -> T:
     engine = plain.engine
     in_greenlet = cast("AsyncSession", plain.session).run_sync
     _check_pool(engine)
-    pooled = None
-    if plain.gives_at_once():
-        with suppress(MissingGreenlet):
-            pooled = checked_out(engine, engine.pool)
+    pooled = plain.checked_out_at_once()
     if pooled is None:
         pooled = await in_greenlet(lambda _: checked_out(engine, engine.pool))
     closes_at_once = False
@@ -253,7 +248,9 @@ async def _on_asyncpg(plain: Plain, operation: Operation[T]) -> T:
                 return result
             except Unclear:
                 pass
-        return await in_greenlet(lambda _: _by_sqlalchemy(Connection(engine, pooled), operation, True))
+        return await in_greenlet(
+            lambda _: _by_sqlalchemy(Connection(engine, pooled), operation, True)
+        )
     except (OSError, asyncio.TimeoutError):
         # asyncpg would have the next statement wait for the end of this one, for ever perhaps.
         await in_greenlet(lambda _: pooled.invalidate())
@@ -308,9 +305,15 @@ def _check_pool(bind: Bind) -> None:
 
 
 @contextmanager
-def _spare_pool(bind: Bind) -> Iterator[Pool]:
-    """Give a pool for a connection beyond those of the bind's pool."""
-    pool = bind.engine.pool.recreate()
+def _spare_connection(engine: Engine) -> Iterator[Connection]:
+    """Give a connection beyond those of the engine's pool."""
+    with _spare_pool(engine) as pool, Connection(engine, checked_out(engine, pool)) as connection:
+        yield connection
+
+
+@contextmanager
+def _spare_pool(engine: Engine) -> Iterator[Pool]:
+    pool = engine.pool.recreate()
     try:
         yield pool
     finally:

@@ -187,8 +187,7 @@ class DriverExecutor(Executor):
 
     def _judged(self, error: Exception, sql: str | None = None, values: Any = None) -> Exception:
         base = self.dialect.loaded_dbapi.Error
-        pooled: Any = self._pooled
-        if not isinstance(error, base) or self.dialect.is_disconnect(error, pooled, None):
+        if not isinstance(error, base) or self.dialect.is_disconnect(error, self._pooled, None):
             return Unclear()
         return as_sqlalchemys(error, self._engine, sql, values)
 
@@ -208,8 +207,8 @@ def checked_out(engine: Engine, pool: Pool) -> PoolProxiedConnection:
 
 
 def as_sqlalchemys(
-    error: Exception, engine: Engine, sql: str | None = None, values: Any = None
-) -> DBAPIError | Exception:
+    error: Any, engine: Engine, sql: str | None = None, values: Any = None
+) -> DBAPIError:
     """Return a driver's error in the form that SQLAlchemy raises it.
 
     :param error: the error
@@ -218,7 +217,7 @@ def as_sqlalchemys(
     :param values: the statement's parameters
     """
     dialect = engine.dialect
-    return DBAPIError.instance(
+    instance = DBAPIError.instance(
         sql,
         values,
         error,
@@ -227,6 +226,7 @@ def as_sqlalchemys(
         dialect=dialect,
         connection_invalidated=dialect.is_disconnect(error, None, None),
     )
+    return cast("DBAPIError", instance)
 
 
 class AsyncpgExecutor(DriverExecutor):

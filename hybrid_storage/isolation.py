@@ -120,10 +120,7 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
 
     async def close(self) -> None:
         """Stop renewing if nothing is held; locks that are held go on to be renewed."""
-        here = self._here()
-        if here.timer is not None and not here.holds:
-            here.timer.cancel()
-            here.timer = None
+        self._here().rest()
 
     def _here(self) -> _Here:
         here = self._local.get(None)
@@ -162,6 +159,7 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
 
     async def _free(self, here: _Here, row: str, retry_for: float) -> None:
         here.holds.pop(row, None)
+        here.rest()
         try:
             await persist(
                 partial(
@@ -210,7 +208,9 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
                 if hold.deadline < time.monotonic():
                     here.lose(row, hold, f"it could not be renewed in time: {in_short(error)}")
         finally:
-            self._schedule(here, pause)
+            here.renewal = None
+            if here.holds:
+                self._schedule(here, pause)
 
 
 @dataclass
@@ -245,6 +245,12 @@ class _Here:
                 self._queues[row] = turn, users
             else:
                 del self._queues[row]
+
+    def rest(self) -> None:
+        """Renew no more if nothing is held; a timer would keep an event loop that has ended."""
+        if self.timer is not None and not self.holds:
+            self.timer.cancel()
+            self.timer = None
 
     def lose(self, row: str, hold: _Hold, why: str) -> None:
         """Mark a lock as lost, unless it was freed meanwhile, and say so once."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import uuid
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -145,6 +147,34 @@ def test_one_storage_serves_several_event_loops_one_after_the_other(
     asyncio.run(storage.create_table())
     try:
         assert [asyncio.run(use(number)) for number in range(3)] == [5, 10, 15]
+    finally:
+        asyncio.run(drop_table(storage, engine))
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_event_loops_that_have_ended_are_forgotten(
+    way: Way, url_of: Callable[[Way], URL], key: StorageKey
+) -> None:
+    """A Celery task may run a loop of its own each time."""
+    options: dict[str, Any] = {"poolclass": NullPool} if way.is_async else {}
+    engine = way.engine(url_of(way), **options)
+    storage = SQLAlchemyStorage(way.factory(engine), table_name=f"fsm_{uuid.uuid4().hex}")
+    isolation = storage.create_isolation()
+    loops: list[weakref.ref[asyncio.AbstractEventLoop]] = []
+
+    async def use() -> None:
+        loops.append(weakref.ref(asyncio.get_running_loop()))
+        async with isolation.lock(key):
+            await update_at_once(storage, key, 5)
+        async with storage.transaction():
+            await storage.set_state(key, "waiting")
+
+    asyncio.run(storage.create_table())
+    try:
+        for _ in range(3):
+            asyncio.run(use())
+        gc.collect()
+        assert [loop() for loop in loops] == [None] * 3
     finally:
         asyncio.run(drop_table(storage, engine))
 

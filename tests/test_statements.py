@@ -14,7 +14,7 @@ import pytest
 from aiogram.fsm.storage.base import StorageKey
 from blocking import locked
 from conftest import Open, dispose, in_session, rows
-from sqlalchemy import URL, Dialect, Engine, MetaData, String, TypeDecorator, event
+from sqlalchemy import URL, Connection, Dialect, Engine, MetaData, String, TypeDecorator, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
@@ -54,16 +54,26 @@ async def every_call(storage: SQLAlchemyStorage, key: StorageKey) -> None:
     assert await rows(storage) == []
 
 
+@pytest.mark.parametrize("target", [None, Engine, Connection], ids=["its engine", "every", "each"])
 @on_every_driver
 async def test_a_listener_that_comes_late_sees_every_statement(
-    storage: SQLAlchemyStorage, key: StorageKey
+    target: object,
+    storage: SQLAlchemyStorage,
+    key: StorageKey,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # The mark that somebody has listened to all connections outlives the listener.
+    monkeypatch.setattr(Connection, "_has_events", False)
     await every_call(storage, key)
     seen: list[str] = []
-    event.listen(
-        engine_of(storage), "before_cursor_execute", lambda *args: seen.append(args[2]), named=False
-    )
+
+    def see(*args: Any) -> None:
+        seen.append(args[2])
+
+    where = (target or engine_of(storage), "before_cursor_execute", see)
+    event.listen(*where)
     await every_call(storage, key)
+    event.remove(*where)
     for verb in ("INSERT", "SELECT", "UPDATE", "DELETE"):
         assert any(text.startswith(verb) for text in seen), verb
 

@@ -125,6 +125,7 @@ def create_tables(environment: dict[str, str]) -> None:
     engine.dispose()
 
 
+@pytest.mark.parametrize("database_url", POSTGRESQL[:1], ids=str, indirect=True)
 async def test_updates_that_telegram_sends_again_make_no_second_step(
     database_url: dict[str, str],
 ) -> None:
