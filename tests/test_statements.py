@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -10,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import anyio
+import asyncpg
 import pytest
 from aiogram.fsm.storage.base import StorageKey
 from blocking import locked
@@ -35,6 +37,12 @@ on_postgresql = pytest.mark.parametrize("way", POSTGRESQL, ids=str)
 def engine_of(storage: SQLAlchemyStorage) -> Engine:
     """Return the synchronous engine that a storage uses."""
     return storage._runner.open()[1].engine
+
+
+def give_up(session: Session) -> None:
+    """Have the pool connect anew."""
+    session.connection().invalidate()
+    session.rollback()
 
 
 async def every_call(storage: SQLAlchemyStorage, key: StorageKey) -> None:
@@ -272,13 +280,47 @@ async def test_a_connection_that_was_given_up_is_opened_anew(
 ) -> None:
     storage = await open_storage(way, engine_options={"pool_size": 1, "max_overflow": 0})
     await storage.set_state(key, "Form:name")
-
-    def give_up(session: Session) -> None:
-        session.connection().invalidate()
-        session.rollback()
-
     await in_session(storage, give_up)
     assert await storage.get_state(key) == "Form:name"
+
+
+@pytest.mark.parametrize("way", POSTGRESQL[2:], ids=str)
+async def test_a_connection_that_the_application_opens_itself_is_opened_anew(
+    way: Way, url_of: Callable[[Way], URL], open_storage: Open, key: StorageKey
+) -> None:
+    url = url_of(way).render_as_string(hide_password=False)
+
+    async def connect(**_: Any) -> Any:
+        return await asyncpg.connect(url)
+
+    options = {"async_creator": connect, "pool_size": 1, "max_overflow": 0}
+    storage = await open_storage(way, engine_options=options)
+    for _ in range(2):
+        await every_call(storage, key)
+        await in_session(storage, give_up)
+
+
+@on_every_driver
+async def test_a_connection_beyond_the_pool_that_cannot_be_opened_is_tried_again(
+    way: Way, open_storage: Open, key: StorageKey
+) -> None:
+    options = pool(way, pool_size=1, max_overflow=0)
+    storage = await open_storage(way, engine_options=options)
+    await storage.set_state(key, "Form:name")
+    engine = engine_of(storage)
+    failures = [engine.dialect.loaded_dbapi.OperationalError("database is locked")]
+
+    def fail(*_: object) -> None:
+        if failures:
+            raise failures.pop()
+
+    async with storage.transaction() as session:
+        await storage.get_state(key)  # begins it
+        event.listen(engine, "do_connect", fail)
+        outside = contextvars.Context().run(asyncio.ensure_future, storage.get_state(key))
+        assert await outside == "Form:name"
+        assert session.in_transaction()
+    assert failures == []
 
 
 @on_postgresql
