@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import logging
 import operator
-import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Connection, Engine, Executable, __version__, create_engine, event
+from sqlalchemy import Connection, Engine, Executable
 from sqlalchemy.dialects.mysql.base import MySQLDialect
 from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.engine.interfaces import BindTyping
 from sqlalchemy.orm import Session, sessionmaker
-from sqlalchemy.pool import PoolProxiedConnection, QueuePool
 from sqlalchemy.pool.base import reset_rollback
 
 from ._statements import AsyncpgExecutor, DriverExecutor, Text
@@ -47,31 +45,7 @@ _OF_ENGINES = (
     "after_cursor_execute",
     "set_connection_execution_options",
 )
-_OF_POOLS = ("checkout", "checkin", "reset")
 _OF_DIALECTS = ("do_execute", "do_execute_no_params", "handle_error")
-
-
-# SQLAlchemy 2.0 awaits its queue even where there is something in it.
-_QUEUE_GIVES_AT_ONCE = not __version__.startswith("2.0.")
-
-
-class _Connecting(threading.local):
-    """Whether a pool may connect now, in this thread."""
-
-    is_allowed = True
-
-
-_connecting = _Connecting()
-
-
-class _ConnectionWasLost(Exception):
-    """What the pool has is to be connected anew."""
-
-
-def _connect(*_: object) -> None:
-    """Listen to attempts to connect: only the pool knows when it makes one."""
-    if not _connecting.is_allowed:
-        raise _ConnectionWasLost
 
 
 @dataclass
@@ -106,36 +80,6 @@ class Plain:
             return None
         return AsyncpgExecutor if dialect.driver == "asyncpg" else DriverExecutor
 
-    def checked_out_at_once(self) -> PoolProxiedConnection | None:
-        """Check a connection out if there is nothing to wait for, which would take a greenlet."""
-        pool = self.engine.pool
-        if (
-            not _QUEUE_GIVES_AT_ONCE
-            or not isinstance(pool, QueuePool)
-            or not pool.checkedin()
-            or pool._pre_ping
-            or pool._recycle >= 0
-            or pool.dispatch.checkout
-            or pool._creator.__module__ != create_engine.__module__  # it would not ask _connect()
-        ):
-            return None
-        _connecting.is_allowed = False
-        try:
-            return pool.connect()
-        except _ConnectionWasLost:
-            return None
-        finally:
-            _connecting.is_allowed = True
-
-    def takes_at_once(self) -> bool:
-        """Tell whether the pool takes a connection back with nothing to wait for."""
-        pool = self.engine.pool
-        return (
-            isinstance(pool, QueuePool)
-            and pool.checkedin() < pool.size()  # otherwise it closes the connection
-            and not _any(pool, _OF_POOLS)
-        )
-
 
 def plain(session: AnySession, factory: object) -> Plain | None:
     """Return what to use if a factory's sessions are SQLAlchemy's own, on one engine.
@@ -160,18 +104,12 @@ def plain(session: AnySession, factory: object) -> Plain | None:
         and not inner.twophase
         and not getattr(inner, "execution_options", None)  # since SQLAlchemy 2.1
     ):
-        engine = inner.bind
-        if engine.dialect.driver == "asyncpg" and not event.contains(
-            engine, "do_connect", _connect
-        ):
-            event.listen(engine, "do_connect", _connect, insert=True)
-        return Plain(session, engine)
+        return Plain(session, inner.bind)
     return None
 
 
 _listeners: dict[tuple[str, ...], Callable[[Any], Iterable[object]]] = {
-    events: operator.attrgetter(*events)
-    for events in (_OF_SESSIONS, _OF_ENGINES, _OF_POOLS, _OF_DIALECTS)
+    events: operator.attrgetter(*events) for events in (_OF_SESSIONS, _OF_ENGINES, _OF_DIALECTS)
 }
 
 

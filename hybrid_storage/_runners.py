@@ -25,6 +25,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from ._cancellation import completed
+from ._checkouts import checked_out, checked_out_at_once, is_taken_back_at_once
 from ._errors import is_lost_statement
 from ._factories import check_bind
 from ._plain import Plain, plain
@@ -34,7 +35,6 @@ from ._statements import (
     Executor,
     Operation,
     Unclear,
-    checked_out,
 )
 from ._threads import in_thread
 from ._turns import Bind, Turn, alone, is_exhausted, place, spare_turn, turn
@@ -235,7 +235,7 @@ async def _on_asyncpg(plain: Plain, operation: Operation[T]) -> T:
     engine = plain.engine
     in_greenlet = cast("AsyncSession", plain.session).run_sync
     _check_pool(engine)
-    pooled = plain.checked_out_at_once()
+    pooled = checked_out_at_once(engine)
     if pooled is None:
         pooled = await in_greenlet(lambda _: checked_out(engine, engine.pool))
     closes_at_once = False
@@ -244,7 +244,7 @@ async def _on_asyncpg(plain: Plain, operation: Operation[T]) -> T:
         if not executor.in_transaction():
             try:
                 result = await executor.perform_async(operation)
-                closes_at_once = plain.takes_at_once()
+                closes_at_once = is_taken_back_at_once(engine.pool)
                 return result
             except Unclear:
                 pass

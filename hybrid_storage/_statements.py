@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
-from sqlalchemy import Connection, Dialect, Engine, Executable, Pool, Select, UpdateBase
+from sqlalchemy import Connection, Dialect, Engine, Executable, Select, UpdateBase
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -190,20 +190,6 @@ class DriverExecutor(Executor):
         if not isinstance(error, base) or self.dialect.is_disconnect(error, self._pooled, None):
             return Unclear()
         return as_sqlalchemys(error, self._engine, sql, values)
-
-
-def checked_out(engine: Engine, pool: Pool) -> PoolProxiedConnection:
-    """Check a connection out of a pool.
-
-    :param engine: the pool's engine
-    :param pool: the pool
-    :raises DBAPIError: what the driver says if it cannot connect
-    :return: the connection, as the pool hands it out
-    """
-    try:
-        return pool.connect()
-    except engine.dialect.loaded_dbapi.Error as error:
-        raise as_sqlalchemys(error, engine) from error
 
 
 def as_sqlalchemys(

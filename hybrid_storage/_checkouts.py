@@ -1,0 +1,94 @@
+"""Takes connections from the pool and gives them back, by asyncpg without a greenlet.
+
+A pool of an asynchronous engine may have to wait, which SQLAlchemy does in a greenlet. To make one
+takes a third of the time of a read; so it is done without where nothing is to be waited for.
+"""
+
+from __future__ import annotations
+
+import threading
+from weakref import WeakSet
+
+from sqlalchemy import Engine, Pool, __version__, create_engine, event
+from sqlalchemy.pool import PoolProxiedConnection, QueuePool
+
+from ._statements import as_sqlalchemys
+
+# SQLAlchemy 2.0 awaits its queue even where there is something in it.
+_QUEUE_GIVES_AT_ONCE = not __version__.startswith("2.0.")
+
+_listened_to: WeakSet[Engine] = WeakSet()
+
+
+def checked_out(engine: Engine, pool: Pool) -> PoolProxiedConnection:
+    """Check a connection out of a pool.
+
+    :param engine: the pool's engine
+    :param pool: the pool
+    :raises DBAPIError: what the driver says if it cannot connect
+    :return: the connection, as the pool hands it out
+    """
+    try:
+        return pool.connect()
+    except engine.dialect.loaded_dbapi.Error as error:
+        raise as_sqlalchemys(error, engine) from error
+
+
+def checked_out_at_once(engine: Engine) -> PoolProxiedConnection | None:
+    """Check a connection out of an engine's pool if there is nothing to wait for.
+
+    :param engine: an asynchronous engine's synchronous side
+    :return: the connection, None if it takes a greenlet to have one
+    """
+    pool = engine.pool
+    if (
+        not _QUEUE_GIVES_AT_ONCE
+        or not isinstance(pool, QueuePool)
+        or not pool.checkedin()
+        or pool._pre_ping
+        or pool._recycle >= 0
+        or pool.dispatch.checkout
+        or pool._creator.__module__ != create_engine.__module__  # it would not ask _connect()
+    ):
+        return None
+    if engine not in _listened_to:
+        event.listen(engine, "do_connect", _connect, insert=True)
+        _listened_to.add(engine)
+    _connecting.is_allowed = False
+    try:
+        return pool.connect()
+    except _ConnectionWasLost:
+        return None
+    finally:
+        _connecting.is_allowed = True
+
+
+def is_taken_back_at_once(pool: Pool) -> bool:
+    """Tell whether a pool takes a connection back with nothing to wait for.
+
+    :param pool: the pool that the connection is from
+    """
+    return (
+        isinstance(pool, QueuePool)
+        and pool.checkedin() < pool.size()  # otherwise it closes the connection
+        and not (pool.dispatch.reset or pool.dispatch.checkin)
+    )
+
+
+class _Connecting(threading.local):
+    """Whether a pool may connect now, in this thread."""
+
+    is_allowed = True
+
+
+_connecting = _Connecting()
+
+
+class _ConnectionWasLost(Exception):
+    """What the pool has is to be connected anew."""
+
+
+def _connect(*_: object) -> None:
+    """Listen to attempts to connect: only the pool knows when it makes one."""
+    if not _connecting.is_allowed:
+        raise _ConnectionWasLost
