@@ -12,11 +12,22 @@ from typing import Any
 
 import anyio
 import asyncpg
+import greenlet  # type: ignore[import-untyped]
 import pytest
 from aiogram.fsm.storage.base import StorageKey
 from blocking import locked
 from conftest import Open, dispose, in_session, rows
-from sqlalchemy import URL, Connection, Dialect, Engine, MetaData, String, TypeDecorator, event
+from sqlalchemy import (
+    URL,
+    Connection,
+    Dialect,
+    Engine,
+    MetaData,
+    String,
+    TypeDecorator,
+    __version__,
+    event,
+)
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
@@ -272,6 +283,23 @@ async def test_a_connection_whose_statement_timed_out_is_given_up(
     assert len(closed) == 1
     # The server may have been told to cancel it, or may finish it.
     assert await storage.get_state(key) in ("old", "new")
+
+
+@pytest.mark.parametrize("way", POSTGRESQL[2:], ids=str)
+@pytest.mark.parametrize("options", [{}, {"pool_pre_ping": True}, {"pool_recycle": 3600}], ids=str)
+async def test_asyncpg_takes_a_free_connection_without_a_greenlet(
+    way: Way, options: dict[str, Any], open_storage: Open, key: StorageKey
+) -> None:
+    storage = await open_storage(way, engine_options=options)
+    await storage.set_state(key, "Form:name")
+    switches: list[object] = []
+    greenlet.settrace(lambda event, args: switches.append((event, args)))
+    try:
+        assert await storage.get_state(key) == "Form:name"
+    finally:
+        greenlet.settrace(None)
+    may_wait = options or __version__.startswith("2.0.")
+    assert bool(switches) == bool(may_wait)
 
 
 @on_postgresql
