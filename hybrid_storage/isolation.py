@@ -208,7 +208,8 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
                 if hold.deadline < time.monotonic():
                     here.lose(row, hold, f"it could not be renewed in time: {in_short(error)}")
         finally:
-            here.renewal = None
+            if here.renewal is asyncio.current_task():
+                here.renewal = None
             if here.holds:
                 self._schedule(here, pause)
 
