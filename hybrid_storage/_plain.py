@@ -73,9 +73,11 @@ class Plain:
             # Otherwise nobody ends the transaction that a driver has begun.
             or engine.pool._reset_on_return is not reset_rollback
             or engine.logger.isEnabledFor(logging.INFO)
-            or _has_listened(Connection)
-            or (_has_listened(engine) and _any(engine, _OF_ENGINES))
-            or (_has_listened(dialect) and _any(dialect, _OF_DIALECTS))
+            # SQLAlchemy's own marks that somebody has ever listened save most of the looks. On all
+            # connections at once nobody can before SQLAlchemy 2.1.
+            or getattr(Connection, "_has_events", False)
+            or (getattr(engine, "_has_events", True) and _any(engine, _OF_ENGINES))
+            or (getattr(dialect, "_has_events", True) and _any(dialect, _OF_DIALECTS))
         ):
             return None
         return AsyncpgExecutor if dialect.driver == "asyncpg" else DriverExecutor
@@ -111,11 +113,6 @@ def plain(session: AnySession, factory: object) -> Plain | None:
 _listeners: dict[tuple[str, ...], Callable[[Any], Iterable[object]]] = {
     events: operator.attrgetter(*events) for events in (_OF_SESSIONS, _OF_ENGINES, _OF_DIALECTS)
 }
-
-
-def _has_listened(target: object) -> bool:
-    """Tell whether anybody ever has, by SQLAlchemy's own mark: that saves most of the looks."""
-    return getattr(target, "_has_events", True)
 
 
 def _any(target: Any, events: tuple[str, ...]) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 from weakref import WeakSet
@@ -272,7 +272,9 @@ def _on_connection(plain: Plain, operation: Operation[T], writes: bool, spare: b
         if kind is None or engine in _in_transactions:
             with Connection(engine, checked_out(engine, pool) if spare else None) as connection:
                 if autocommits:
-                    connection = connection.execution_options(**_AUTOCOMMIT)
+                    # Unless a listener of the pool's has begun a transaction.
+                    with suppress(engine.dialect.loaded_dbapi.Error, DBAPIError):
+                        connection.execution_options(**_AUTOCOMMIT)
                 return _by_sqlalchemy(connection, operation, writes)
         with closing(checked_out(engine, pool)) as pooled:
             executor = kind(engine, pooled, plain.texts)
