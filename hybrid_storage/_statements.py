@@ -95,7 +95,7 @@ class CoreExecutor(Executor):
         :param connection: a session's, for Session.execute() would flush its pending objects first
         """
         self.connection = connection
-        self.dialect = connection.dialect
+        self.dialect: Dialect = connection.dialect
 
     def _execute(self, ask: Ask) -> Answer:
         with self.connection.begin_nested() if ask.in_savepoint else nullcontext():
@@ -121,7 +121,7 @@ class DriverExecutor(Executor):
         :param pooled: a connection of its pool's that has not been used since it was checked out
         :param texts: the statements that have been compiled for the engine
         """
-        self.dialect = engine.dialect
+        self.dialect: Dialect = engine.dialect
         self._engine = engine
         self._pooled = pooled
         self._dbapi: Any = pooled.dbapi_connection
