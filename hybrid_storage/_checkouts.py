@@ -6,6 +6,7 @@ takes a third of the time of a read; so it is done without where nothing is to b
 
 from __future__ import annotations
 
+import re
 import threading
 from weakref import WeakSet
 
@@ -14,8 +15,8 @@ from sqlalchemy.pool import PoolProxiedConnection, QueuePool
 
 from ._statements import as_sqlalchemys
 
-# SQLAlchemy 2.0 awaits its queue even where there is something in it.
-_QUEUE_GIVES_AT_ONCE = not __version__.startswith("2.0.")
+# Before, SQLAlchemy awaits its queue even where there is something in it.
+_QUEUE_GIVES_AT_ONCE = [int(part) for part in re.findall(r"\d+", __version__)[:3]] >= [2, 1, 5]
 
 _listened_to: WeakSet[Engine] = WeakSet()
 
@@ -34,21 +35,23 @@ def checked_out(engine: Engine, pool: Pool) -> PoolProxiedConnection:
         raise as_sqlalchemys(error, engine) from error
 
 
-def checked_out_at_once(engine: Engine) -> PoolProxiedConnection | None:
-    """Check a connection out of an engine's pool if there is nothing to wait for.
+def checked_out_at_once(engine: Engine, pool: Pool) -> PoolProxiedConnection | None:
+    """Check a connection out of a pool if there is nothing to wait for.
 
-    :param engine: an asynchronous engine's synchronous side
+    :param engine: the pool's engine, an asynchronous one's synchronous side
+    :param pool: the pool
     :return: the connection, None if it takes a greenlet to have one
     """
-    pool = engine.pool
     if (
         not _QUEUE_GIVES_AT_ONCE
         or not isinstance(pool, QueuePool)
         or not pool.checkedin()
         or pool._pre_ping
         or pool._recycle >= 0
-        or pool.dispatch.checkout
+        or _any_event_of(pool)
         or pool._creator.__module__ != create_engine.__module__  # it would not ask _connect()
+        # Those of the application may have to wait, and may come before _connect().
+        or any(listener is not _connect for listener in engine.dialect.dispatch.do_connect)
     ):
         return None
     if engine not in _listened_to:
@@ -73,6 +76,11 @@ def is_taken_back_at_once(pool: Pool) -> bool:
         and pool.checkedin() < pool.size()  # otherwise it closes the connection
         and not (pool.dispatch.reset or pool.dispatch.checkin)
     )
+
+
+def _any_event_of(pool: Pool) -> bool:
+    events = pool.dispatch
+    return bool(events.checkout or events.checkin or events.close or events.invalidate)
 
 
 class _Connecting(threading.local):

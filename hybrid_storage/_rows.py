@@ -67,15 +67,19 @@ class Rows:
 
     def to_read(self, session: Session) -> CoreExecutor:
         """Return what runs statements where a session would read the table."""
-        return CoreExecutor(
-            session.connection({**self.bind_arguments, "clause": self._select_data})
-        )
+        return self._executor(session, self._select_data)
 
     def to_write(self, session: Session) -> CoreExecutor:
         """Return what runs statements where a session would change the table."""
-        return CoreExecutor(
-            session.connection({**self.bind_arguments, "clause": self.replace_data})
-        )
+        return self._executor(session, self.replace_data)
+
+    def _executor(self, session: Session, clause: Executable) -> CoreExecutor:
+        if hasattr(session, "sync_session"):
+            raise TypeError(
+                "an AsyncSession runs the operation itself: "
+                "await session.run_sync(storage.operations.get_state, key)"
+            )
+        return CoreExecutor(session.connection({**self.bind_arguments, "clause": clause}))
 
     def get_state(self, database: Dialect, row: str) -> Steps[str | None]:
         """Return the state, None if there is none."""

@@ -235,16 +235,17 @@ async def _on_asyncpg(plain: Plain, operation: Operation[T]) -> T:
     engine = plain.engine
     in_greenlet = cast("AsyncSession", plain.session).run_sync
     _check_pool(engine)
-    pooled = checked_out_at_once(engine)
+    pool = engine.pool  # until the application disposes the engine
+    pooled = checked_out_at_once(engine, pool)
     if pooled is None:
-        pooled = await in_greenlet(lambda _: checked_out(engine, engine.pool))
+        pooled = await in_greenlet(lambda _: checked_out(engine, pool))
     closes_at_once = False
     try:
         executor = AsyncpgExecutor(engine, pooled, plain.texts)
         if not executor.in_transaction():
             try:
                 result = await executor.perform_async(operation)
-                closes_at_once = is_taken_back_at_once(engine.pool)
+                closes_at_once = is_taken_back_at_once(pool)
                 return result
             except Unclear:
                 pass

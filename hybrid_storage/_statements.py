@@ -223,7 +223,10 @@ class AsyncpgExecutor(DriverExecutor):
     """
 
     def in_transaction(self) -> bool:
-        return cast("bool", self._dbapi.driver_connection.is_in_transaction())
+        # SQLAlchemy may take one to have begun that a listener has ended by its own means.
+        return self._dbapi._transaction is not None or cast(
+            "bool", self._dbapi.driver_connection.is_in_transaction()
+        )
 
     async def perform_async(self, operation: Operation[T]) -> T:
         """Run an operation's statements, as :meth:`perform` does.

@@ -95,6 +95,7 @@ class Crew:
         except asyncio.CancelledError:
             if call.claim():
                 self._unanswered -= 1
+                self._forget()
             elif not call.is_done:
                 call.answered = loop.create_future()
                 await ended(call.answered)
@@ -173,8 +174,11 @@ class Crew:
             call.is_done = True
             if not call.answered.done():
                 call.answered.set_result(None)
+        self._forget()
+
+    def _forget(self) -> None:
         if not self._unanswered:
-            self._latest = None  # what it was to do holds the engine
+            self._latest = None  # what it was to do holds the engine, and it the event loop
 
 
 class _Call(Generic[T]):

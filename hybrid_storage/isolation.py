@@ -155,7 +155,8 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
                 await completed(self._free(here, row, retry_for=0))
             raise
         here.holds[row] = _Hold(deadline)
-        self._schedule(here, self._lease / 3)
+        # It counts from the moment of asking, and may have been long in coming.
+        self._schedule(here, deadline - 2 / 3 * self._lease - time.monotonic())
 
     async def _free(self, here: _Here, row: str, retry_for: float) -> None:
         here.holds.pop(row, None)
@@ -177,10 +178,13 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         return await self._runner.execute(operation, self._leases.to_write)
 
     def _schedule(self, here: _Here, pause: float) -> None:
-        if here.timer is None:
-            loop = asyncio.get_running_loop()
-            # In a context of its own: the timer outlives the handler that happens to set it.
-            here.timer = loop.call_later(pause, self._beat, here, context=Context())
+        loop = asyncio.get_running_loop()
+        if here.timer is not None:
+            if here.timer.when() <= loop.time() + pause:
+                return
+            here.timer.cancel()
+        # In a context of its own: the timer outlives the handler that happens to set it.
+        here.timer = loop.call_later(pause, self._beat, here, context=Context())
 
     def _beat(self, here: _Here) -> None:
         here.timer = None

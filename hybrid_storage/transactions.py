@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from functools import partial
+from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeAlias, cast
 
 from sqlalchemy.orm import Session, scoped_session
@@ -107,8 +108,14 @@ class Transactions(Generic[S]):
         when the function returns, and the objects it has loaded expire: return plain values.
 
         :param function: gets a ``Session`` and the arguments
+        :raises TypeError: if the function is asynchronous
         :return: what the function returns
         """
+        if iscoroutinefunction(function):
+            raise TypeError(
+                f"run_sync() takes a synchronous function: await {function.__name__}() yourself, "
+                "with the session of storage.transaction()"
+            )
         work: Callable[[Session], T] = lambda session: function(session, *args, **kwargs)  # noqa: E731
         try:
             return await self._join(work)
@@ -130,7 +137,9 @@ def _end(session: Session, succeeded: bool) -> None:
 
 def _unscoped(session: AnySession | AnyScopedSession) -> AnySession:
     # A scoped session stands for that of a task or thread; a worker thread would get another.
-    own: object = session if isinstance(session, Session) or not callable(session) else session()
+    own: object = session
+    if hasattr(session, "registry"):
+        own = cast("AnyScopedSession", session)()
     if isinstance(own, Session) or isinstance(getattr(own, "sync_session", None), Session):
         return cast("AnySession", own)
-    raise TypeError(f"using() takes a Session or an AsyncSession, not {type(own).__name__}")
+    raise TypeError(f"using() takes a Session or an AsyncSession that you have opened, not {own!r}")

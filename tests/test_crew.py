@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from functools import partial
 
 import anyio
@@ -109,3 +111,24 @@ def test_workers_end_with_their_event_loop(monkeypatch: pytest.MonkeyPatch) -> N
     for thread in set(threading.enumerate()) - before:
         thread.join(10)
         assert not thread.is_alive()
+
+
+def test_a_call_cancelled_before_it_begins_keeps_no_event_loop() -> None:
+    crews: list[Crew] = []
+    loops: list[weakref.ref[asyncio.AbstractEventLoop]] = []
+
+    async def cancel_one() -> None:
+        loops.append(weakref.ref(asyncio.get_running_loop()))
+        crews.append(Crew(1))
+        call = asyncio.ensure_future(crews[0].do(lambda: None))
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await crews[0].do(lambda: None)
+        await call
+        last = asyncio.ensure_future(crews[0].do(lambda: None))
+        last.cancel()
+        await asyncio.wait([last])
+
+    asyncio.run(cancel_one())
+    gc.collect()
+    assert [loop() for loop in loops] == [None]

@@ -28,11 +28,13 @@ from sqlalchemy import (
     event,
 )
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
+from sqlalchemy.util import greenlet_spawn
 from ways import POSTGRESQL, SERVERS, SQLITE, Way
 
-from hybrid_storage import FSMData, SQLAlchemyStorage
+from hybrid_storage import FSMData, SQLAlchemyStorage, _checkouts
 
 
 def pool(way: Way, **options: Any) -> dict[str, Any]:
@@ -304,7 +306,7 @@ async def test_asyncpg_takes_a_free_connection_without_a_greenlet(
         assert await storage.get_state(key) == "Form:name"
     finally:
         greenlet.settrace(None)
-    may_wait = options or __version__.startswith("2.0.")
+    may_wait = options or not _checkouts._QUEUE_GIVES_AT_ONCE
     assert bool(switches) == bool(may_wait)
 
 
@@ -333,6 +335,42 @@ async def test_a_connection_that_the_application_opens_itself_is_opened_anew(
     for _ in range(2):
         await every_call(storage, key)
         await in_session(storage, give_up)
+
+
+@pytest.mark.parametrize("way", POSTGRESQL[2:], ids=str)
+async def test_a_listener_that_connects_may_wait_for_it(
+    way: Way, open_storage: Open, key: StorageKey
+) -> None:
+    storage = await open_storage(way, engine_options={"pool_size": 1, "max_overflow": 0})
+    mine = engine_of(storage).dialect
+
+    def connect(dialect: Any, _: object, arguments: Any, keywords: Any) -> Any:
+        return dialect.connect(*arguments, **keywords) if dialect is mine else None
+
+    await every_call(storage, key)
+    event.listen(Engine, "do_connect", connect)
+    try:
+        for _ in range(2):
+            await in_session(storage, give_up)
+            await every_call(storage, key)
+    finally:
+        event.remove(Engine, "do_connect", connect)
+
+
+@pytest.mark.parametrize("way", POSTGRESQL[2:], ids=str)
+async def test_an_engine_may_be_disposed_while_calls_run(
+    way: Way, open_storage: Open, key: StorageKey, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = await open_storage(way, engine_options={"pool_size": 1, "max_overflow": 5})
+    await storage.set_state(key, "Form:name")
+    calls = [asyncio.ensure_future(storage.get_state(key)) for _ in range(5)]
+    await anyio.lowlevel.checkpoint()  # they begin
+    engine = AsyncEngine(engine_of(storage))
+    pool = engine.pool
+    await engine.dispose()
+    assert await asyncio.gather(*calls) == ["Form:name"] * 5
+    await greenlet_spawn(pool.dispose)  # it takes back what was out
+    assert "MissingGreenlet" not in caplog.text
 
 
 @on_every_driver

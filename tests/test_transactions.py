@@ -376,7 +376,7 @@ async def test_the_scoped_session_of_the_application_can_be_joined(
 @pytest.mark.parametrize("wrong", [None, "session", object, sessionmaker], ids=repr)
 async def test_using_refuses_what_is_no_session(open_storage: Open, wrong: Any) -> None:
     storage = await open_storage(SQLITE[0])
-    with pytest.raises(TypeError, match=r"using\(\) takes a Session or an AsyncSession, not"):
+    with pytest.raises(TypeError, match=r"using\(\) takes a Session or an AsyncSession that"):
         async with storage.using(wrong):
             pass
 
@@ -538,3 +538,26 @@ async def test_an_update_that_nobody_handles_is_no_failure(
 
     assert await dispatcher.feed_update(Bot("42:TEST"), message("tea")) is UNHANDLED
     assert [issubclass(made, Session) for made in seen] == [True]
+
+
+async def test_the_factory_is_no_session(storage: SQLAlchemyStorage) -> None:
+    _, bind = storage._runner.open()
+    with pytest.raises(TypeError, match="that you have opened"):
+        async with storage.using(sessionmaker(bind)):  # type: ignore[arg-type]
+            pass
+
+
+async def test_an_asynchronous_function_is_refused(storage: SQLAlchemyStorage) -> None:
+    async def function(_: Session) -> None:
+        pass
+
+    with pytest.raises(TypeError, match="synchronous function"):
+        await storage.run_sync(function)  # type: ignore[unused-coroutine]
+
+
+async def test_an_operation_on_an_asynchronous_session_is_refused(
+    storage: SQLAlchemyStorage, key: StorageKey
+) -> None:
+    session: Any = AsyncSession()
+    with pytest.raises(TypeError, match="run_sync"):
+        storage.operations.set_state(session, key, "Form:name")
