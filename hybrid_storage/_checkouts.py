@@ -1,7 +1,7 @@
 """Takes connections from the pool and gives them back, by asyncpg without a greenlet.
 
 A pool of an asynchronous engine may have to wait, which SQLAlchemy does in a greenlet. To make one
-takes a third of the time of a read; so it is done without where nothing is to be waited for.
+takes a quarter of the time of a read; so it is done without where nothing is to be waited for.
 """
 
 from __future__ import annotations

@@ -28,7 +28,10 @@ class SessionMiddleware(BaseMiddleware):
 
         :param storage: the storage of the dispatcher
         :param name: the name by which handlers get the session
+        :raises TypeError: if the storage is not of this package
         """
+        if not isinstance(storage, SQLAlchemyStorage):
+            raise TypeError(f"SessionMiddleware() takes a SQLAlchemyStorage, not {storage!r}")
         self._storage = storage
         self._name = name
 

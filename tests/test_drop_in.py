@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import uuid
 import warnings
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -16,14 +18,15 @@ from aiogram.fsm.storage.base import BaseStorage, DefaultKeyBuilder, KeyBuilder,
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from conftest import Open, in_session, rows
-from sqlalchemy import URL, MetaData
+from sqlalchemy import URL, MetaData, text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, declarative_base, sessionmaker
 from sqlalchemy_storage import SQLAlchemyStorage as FormerStorage
-from ways import POSTGRESQL, SQLITE, Way
+from ways import POSTGRESQL, SERVERS, SQLITE, Way
 
 from hybrid_storage import SQLAlchemyStorage
 
+README = Path(__file__).parents[1] / "README.md"
 SQLITE3, AIOSQLITE = SQLITE
 PSYCOPG, ASYNCPG = POSTGRESQL[0], POSTGRESQL[-1]
 
@@ -250,6 +253,23 @@ async def test_a_key_builder_of_one_argument_finds_the_formers_rows(
     assert await rows(new) == [("custom_42_7_7", "form:name", '{"name": "Ada"}')]
     await new.clear(KEYS[0])
     assert await old.get_state(KEYS[0]) is None
+
+
+@pytest.mark.parametrize("way", SERVERS, ids=str)
+async def test_the_readmes_statement_gives_old_rows_keys_of_one_bot(
+    way: Way, open_storage: Open
+) -> None:
+    old = await open_storage(way, key_builder=DefaultKeyBuilder())
+    group = StorageKey(bot_id=42, chat_id=-1001, user_id=8)
+    for key in (*KEYS, group):
+        await old.set_state(key, "form:name")
+    [statement] = re.findall(r"```sql\n(.*?)```", README.read_text(), re.DOTALL)
+    statement = statement.replace("aiogram_fsm_data", old.table.name)
+    await in_session(old, lambda session: session.execute(text(statement)).close())
+    new = await open_storage(way, table_name=old.table.name)
+    assert await new.get_state(KEYS[0]) == await new.get_state(group) == "form:name"
+    assert await new.get_state(KEYS[1]) is None  # more than a chat and a user: left alone
+    assert len(await rows(new)) == 4
 
 
 @pytest.mark.parametrize("way", SQLITE, ids=str)

@@ -667,6 +667,37 @@ async def test_a_lock_is_renewed_for_as_long_as_its_handler_runs(
     assert lost(caplog) == []
 
 
+@pytest.mark.parametrize("way", POSTGRESQL[:1], ids=str)
+async def test_a_lock_that_was_long_in_coming_is_renewed_in_time(
+    way: Way, start: Start, key: StorageKey, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its lease counts from the moment of asking."""
+    lease = 3.0
+    side, other = [await start(way, lease=lease) for _ in range(2)]
+    dead = f"INSERT INTO TABLE_OF_LOCKS (id, owner, expires) VALUES ('{side.row(key)}', 'dead', 0)"
+    await side.execute(dead)
+    inside = anyio.Event()
+
+    async def hold() -> None:
+        async with side.isolation.lock(key):
+            inside.set()
+            await anyio.sleep(lease)
+            assert side.isolation.still_held(key)
+            assert await other.locks() == {side.row(key): side.owner}
+
+    def keep_waiting(session: Session) -> None:
+        session.execute(select(other.table).with_for_update()).all()
+
+    async with anyio.create_task_group() as group:
+        async with other.storage.transaction():
+            await other.storage.run_sync(keep_waiting)
+            group.start_soon(hold)
+            await anyio.sleep(0.8 * lease)
+        await inside.wait()
+        await enter(other, key)
+    assert lost(caplog) == []
+
+
 @pytest.mark.parametrize("way", [SQLITE[0], POSTGRESQL[0]], ids=str)
 async def test_many_locks_are_renewed_by_few_statements(
     way: Way, start: Start, caplog: pytest.LogCaptureFixture

@@ -338,6 +338,25 @@ async def test_a_connection_that_the_application_opens_itself_is_opened_anew(
 
 
 @pytest.mark.parametrize("way", POSTGRESQL[2:], ids=str)
+async def test_a_transaction_that_a_listener_has_ended_in_its_own_way_is_none(
+    way: Way, open_storage: Open, key: StorageKey, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SQLAlchemy goes on taking it for begun, and would wait for its end."""
+    storage = await open_storage(way, engine_options={"pool_size": 1, "max_overflow": 0})
+
+    def look(connection: Any, _: object) -> None:
+        cursor = connection.cursor()
+        cursor.execute("SELECT 1")
+        cursor.execute("COMMIT")
+        cursor.close()
+
+    event.listen(engine_of(storage), "connect", look)
+    await in_session(storage, give_up)
+    await every_call(storage, key)
+    assert "MissingGreenlet" not in caplog.text
+
+
+@pytest.mark.parametrize("way", POSTGRESQL[2:], ids=str)
 async def test_a_listener_that_connects_may_wait_for_it(
     way: Way, open_storage: Open, key: StorageKey
 ) -> None:

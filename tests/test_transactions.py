@@ -18,6 +18,7 @@ from aiogram import Bot, Dispatcher
 from aiogram.dispatcher.event.bases import UNHANDLED, CancelHandler, SkipHandler
 from aiogram.fsm.context import FSMContext
 from aiogram.fsm.storage.base import StorageKey
+from aiogram.fsm.storage.memory import MemoryStorage
 from aiogram.types import Chat, ErrorEvent, Message, Update, User
 from conftest import Open, rows
 from sqlalchemy import MetaData, String, event, select
@@ -545,6 +546,12 @@ async def test_the_factory_is_no_session(storage: SQLAlchemyStorage) -> None:
     with pytest.raises(TypeError, match="that you have opened"):
         async with storage.using(sessionmaker(bind)):  # type: ignore[arg-type]
             pass
+
+
+def test_a_middleware_needs_a_storage_that_has_transactions() -> None:
+    other: Any = MemoryStorage()
+    with pytest.raises(TypeError, match="takes a SQLAlchemyStorage"):
+        SessionMiddleware(other)
 
 
 async def test_an_asynchronous_function_is_refused(storage: SQLAlchemyStorage) -> None:
