@@ -49,7 +49,8 @@ def _completed(coroutine: Coroutine[Any, Any, T]) -> Generator[Any, None, T]:
                     _enter_task(loop, outer)
                 error = None
                 while True:
-                    wait = None if awaited is None else _Wait(awaited)
+                    # Not at once where it is done: its callbacks come first, as for a task.
+                    wait = None if awaited is None or awaited.done() else _Wait(awaited)
                     try:
                         yield wait
                         break
@@ -61,8 +62,6 @@ def _completed(coroutine: Coroutine[Any, Any, T]) -> Generator[Any, None, T]:
                             # anyio would cancel this task in each turn of the event loop.
                             shield.enter_context(CancelScope(shield=True))
                         interruption = cancelled
-                        if awaited is None or awaited.done():
-                            break
                     except BaseException as failed:
                         error = failed
                         break
@@ -170,12 +169,21 @@ class _Wait:
 
 
 async def ended(future: asyncio.Future[Any]) -> None:
-    """Wait for the end of a future, however often the caller is cancelled meanwhile."""
+    """Wait for the end of a future, whatever cancels the caller meanwhile; then let that go on.
+
+    Not for an ``except`` block: before Python 3.11, anyio goes by the context of a cancellation
+    when it tells its own from those of others.
+
+    :param future: what has been begun
+    """
+    interruption: asyncio.CancelledError | None = None
     with CancelScope(shield=True):
         while not future.done():
             try:
                 await asyncio.wait([future])
-            except asyncio.CancelledError:
-                continue
+            except asyncio.CancelledError as cancelled:
+                interruption = cancelled
     if not future.cancelled():
         future.exception()  # looked at, or asyncio logs that nobody did
+    if interruption is not None:
+        raise interruption

@@ -50,11 +50,13 @@ async def in_thread(work: Callable[[], T]) -> T:
 
     try:
         await to_thread.run_sync(job, limiter=_unlimited())
-    except asyncio.CancelledError:
-        if not outcome.cancel():
-            await ended(asyncio.wrap_future(outcome))
-        raise
-    return outcome.result()
+    except asyncio.CancelledError as cancelled:
+        interruption = cancelled
+    else:
+        return outcome.result()
+    if not outcome.cancel():
+        await ended(asyncio.wrap_future(outcome))
+    raise interruption
 
 
 class Crew:
@@ -92,15 +94,17 @@ class Crew:
             self._watch()
         try:
             await call.answered
-        except asyncio.CancelledError:
-            if call.claim():
-                self._unanswered -= 1
-                self._forget()
-            elif not call.is_done:
-                call.answered = loop.create_future()
-                await ended(call.answered)
-            raise
-        return call.result()
+        except asyncio.CancelledError as cancelled:
+            interruption = cancelled
+        else:
+            return call.result()
+        if call.claim():
+            self._unanswered -= 1
+            self._forget()
+        elif not call.is_done:
+            call.answered = loop.create_future()
+            await ended(call.answered)
+        raise interruption
 
     def _hire(self, most: int) -> None:
         while len(self._workers) < min(most, self._most, self._unanswered):

@@ -46,6 +46,25 @@ async def test_a_cancellation_waits_for_the_end(pause: float, times: int) -> Non
     assert steps == [0, 1, 2, 3]
 
 
+async def test_what_else_waits_for_a_future_comes_first() -> None:
+    """asyncio's own callbacks on it, for one: they let go of a socket before it is used again."""
+    future = asyncio.get_running_loop().create_future()
+    order: list[str] = []
+    future.add_done_callback(lambda _: order.append("callback"))
+
+    async def work() -> None:
+        await future
+        order.append("work")
+
+    task = asyncio.ensure_future(completed(work()))
+    await asyncio.sleep(0)
+    task.cancel()
+    future.set_result(None)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert order == ["callback", "work"]
+
+
 async def test_a_cancellation_hides_the_error_that_comes_after_it() -> None:
     async def work() -> None:
         await asyncio.sleep(0.01)
