@@ -642,7 +642,7 @@ async def test_a_lock_is_renewed_for_as_long_as_its_handler_runs(
 ) -> None:
     """On all ways at once: it takes its time, and a busy machine is not to make renewals late."""
     lease = 2.0
-    sides = [[await start(way, lease=lease) for _ in range(2)] for way in SERVERS]
+    sides = [(await start(way, lease=lease), await start(way, lease=lease)) for way in SERVERS]
     for side in itertools.chain(*sides):
         await enter(side, key)
 
