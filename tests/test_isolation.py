@@ -1297,3 +1297,4 @@ async def test_the_examples_of_the_document_run(
         result = eval(compile(block, DOCUMENT.name, "exec", flags, dont_inherit=True), names)
         if result is not None:
             await result
+    names["engine"].dispose()
