@@ -3,7 +3,8 @@
 A hop to a thread and back takes as long as a statement and its answer on the same machine, and
 threads that are all at work wait for each other at the interpreter's lock. So a worker serves the
 calls that wait one after another, and a moment longer; the event loop is woken once for all that
-has been done meanwhile; and there are few workers unless calls have to wait.
+has been done meanwhile, and not while more calls wait than there are workers to take them; and
+there are few workers unless calls have to wait.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ._cancellation import ended
 T = TypeVar("T")
 
 _FEW = 3  # workers at once; more only compete for the interpreter's lock, unless calls take long
-_PATIENCE = 0.005  # seconds that a call waits before there is another worker
+_PATIENCE = 0.005  # seconds that a call waits before there is another worker; an answer, at most
 _LINGER = 0.1  # seconds that a worker waits for another call
 
 # How many threads there are is for others to decide; anyio's default limiter is the application's.
@@ -114,14 +115,15 @@ class Crew:
             task.add_done_callback(self._left)
 
     def _watch(self) -> None:
-        """See to it that no call waits for long while there could be more workers."""
-        if not self._is_watching and len(self._workers) < min(self._most, self._unanswered):
+        """See to it that no answer waits for long, nor a call while there could be more workers."""
+        if not self._is_watching and len(self._workers) < self._unanswered:
             self._is_watching = True
             loop = asyncio.get_running_loop()
             loop.call_later(_PATIENCE, self._look, self._latest, context=Context())
 
     def _look(self, call: _Call[Any] | None) -> None:
         self._is_watching = False
+        self._answer()
         if call is not None and not call.has_begun:
             self._hire(self._most)
         self._watch()
@@ -140,6 +142,7 @@ class Crew:
                 self._fail(error)
         elif self._unanswered > len(self._workers):
             self._hire(_FEW)
+            self._watch()
 
     def _fail(self, error: BaseException) -> None:
         """Have the calls that wait fail, for which there is no thread."""
@@ -165,6 +168,8 @@ class Crew:
 
     def _report(self, call: _Call[Any]) -> None:
         self._done.append(call)
+        if self._unanswered - len(self._done) > len(self._workers):
+            return  # more calls wait; should they take long, _watch() looks for what is done
         if not self._is_woken:  # otherwise the event loop is about to look
             self._is_woken = True
             with suppress(RuntimeError):  # it is closed: nobody waits any more

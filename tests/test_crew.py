@@ -6,7 +6,9 @@ import asyncio
 import gc
 import threading
 import weakref
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import anyio
 import pytest
@@ -50,6 +52,38 @@ async def test_answers_go_to_those_who_asked() -> None:
     async with anyio.create_task_group() as calls:
         for number in range(300):
             calls.start_soon(ask, number)
+
+
+async def test_the_event_loop_is_not_woken_for_each_of_many_quick_calls(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    crew = Crew(1)
+    loop = asyncio.get_running_loop()
+    wake = loop.call_soon_threadsafe
+    woken: list[object] = []
+
+    def count(callback: Callable[[], object], *args: Any, **options: Any) -> asyncio.Handle:
+        if callback == crew._answer:
+            woken.append(callback)
+        return wake(callback, *args, **options)
+
+    monkeypatch.setattr(loop, "call_soon_threadsafe", count)
+    calls = [crew.do(partial(int, number)) for number in range(50)]
+    assert await asyncio.gather(*calls) == list(range(50))
+    assert 1 <= len(woken) <= 2
+
+
+async def test_an_answer_does_not_wait_for_calls_that_take_long() -> None:
+    crew = Crew(2)
+    gate = threading.Event()
+    quick = [asyncio.ensure_future(crew.do(lambda: 5)) for _ in range(3)]
+    slow = [asyncio.ensure_future(crew.do(lambda: gate.wait(20))) for _ in range(8)]
+    with anyio.move_on_after(10):
+        await asyncio.wait(quick)
+    answered = [each.done() for each in quick]
+    gate.set()
+    assert await asyncio.gather(*quick, *slow) == [5] * 3 + [True] * 8
+    assert answered == [True] * 3
 
 
 async def test_a_call_that_comes_when_a_worker_has_just_left_is_done() -> None:
