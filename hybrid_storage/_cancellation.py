@@ -8,9 +8,9 @@ stands between the task and what is awaited, and does not let a cancellation pas
 from __future__ import annotations
 
 import asyncio
+import sys
 from asyncio.tasks import _enter_task, _leave_task
 from collections.abc import Awaitable, Callable, Coroutine, Generator
-from contextlib import ExitStack
 from contextvars import Context
 from types import coroutine as awaitable
 from typing import Any, TypeVar, cast
@@ -35,8 +35,9 @@ def _completed(coroutine: Coroutine[Any, Any, T]) -> Generator[Any, None, T]:
     outer: Any = asyncio.current_task()
     inner = _Inner(outer, coroutine)
     interruption: asyncio.CancelledError | None = None
+    shield: CancelScope | None = None
     error: BaseException | None = None
-    with ExitStack() as shield:
+    try:
         try:
             while True:
                 # Time-outs in there are to cancel what is in there, not the caller.
@@ -58,9 +59,9 @@ def _completed(coroutine: Coroutine[Any, Any, T]) -> Generator[Any, None, T]:
                         if wait is not None and not wait.is_cancelled:
                             error = cancelled  # that of what is awaited
                             break
-                        if interruption is None:
+                        if shield is None:
                             # anyio would cancel this task in each turn of the event loop.
-                            shield.enter_context(CancelScope(shield=True))
+                            shield = CancelScope(shield=True).__enter__()
                         interruption = cancelled
                     except BaseException as failed:
                         error = failed
@@ -75,6 +76,9 @@ def _completed(coroutine: Coroutine[Any, Any, T]) -> Generator[Any, None, T]:
             if interruption is not None:
                 raise interruption from None
             raise
+    finally:
+        if shield is not None:
+            shield.__exit__(*sys.exc_info())
 
 
 class _Inner:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import threading
-from weakref import WeakSet
 
 from sqlalchemy import Engine, Pool, __version__, create_engine, event
 from sqlalchemy.pool import PoolProxiedConnection, QueuePool
@@ -17,8 +16,6 @@ from ._statements import as_sqlalchemys
 
 # Before, SQLAlchemy awaits its queue even where there is something in it.
 _QUEUE_GIVES_AT_ONCE = [int(part) for part in re.findall(r"\d+", __version__)[:3]] >= [2, 1, 5]
-
-_listened_to: WeakSet[Engine] = WeakSet()
 
 
 def checked_out(engine: Engine, pool: Pool) -> PoolProxiedConnection:
@@ -50,13 +47,12 @@ def checked_out_at_once(engine: Engine, pool: Pool) -> PoolProxiedConnection | N
         or pool._recycle >= 0
         or _any_event_of(pool)
         or pool._creator.__module__ != create_engine.__module__  # it would not ask _connect()
-        # Those of the application may have to wait, and may come before _connect().
-        or any(listener is not _connect for listener in engine.dialect.dispatch.do_connect)
+        # Those of the application may have to wait.
+        or (listeners := list(engine.dialect.dispatch.do_connect)) not in ([], [_connect])
     ):
         return None
-    if engine not in _listened_to:
-        event.listen(engine, "do_connect", _connect, insert=True)
-        _listened_to.add(engine)
+    if not listeners:
+        event.listen(engine, "do_connect", _connect)
     _connecting.is_allowed = False
     try:
         return pool.connect()

@@ -234,10 +234,10 @@ async def _by_asyncpg(plain: Plain, operation: Operation[T], work: Callable[[], 
 async def _on_asyncpg(plain: Plain, operation: Operation[T]) -> T:
     engine = plain.engine
     in_greenlet = cast("AsyncSession", plain.session).run_sync
-    _check_pool(engine)
     pool = engine.pool  # until the application disposes the engine
     pooled = checked_out_at_once(engine, pool)
     if pooled is None:
+        _check_pool(engine)
         pooled = await in_greenlet(lambda _: checked_out(engine, pool))
     closes_at_once = False
     try:
