@@ -58,6 +58,17 @@ class Plain:
     texts: dict[Executable, Text | None] = field(default_factory=dict)
     """The statements that have been compiled for the engine."""
 
+    def __post_init__(self) -> None:
+        """Choose what runs statements by the driver."""
+        dialect = self.engine.dialect
+        self._executor: type[DriverExecutor] = DriverExecutor
+        if dialect.driver == "asyncpg":
+            self._executor = AsyncpgExecutor
+        elif dialect.driver == "psycopg" and not dialect.is_async and not dialect.positional:
+            from ._libpq import PsycopgExecutor
+
+            self._executor = PsycopgExecutor
+
     def is_listened_to(self) -> bool:
         """Tell whether the application has something to do when transactions begin or end."""
         session = self.session if isinstance(self.session, Session) else self.session.sync_session
@@ -80,7 +91,7 @@ class Plain:
             or (getattr(dialect, "_has_events", True) and _any(dialect, _OF_DIALECTS))
         ):
             return None
-        return AsyncpgExecutor if dialect.driver == "asyncpg" else DriverExecutor
+        return self._executor
 
 
 def plain(session: AnySession, factory: object) -> Plain | None:

@@ -167,3 +167,20 @@ async def rows(storage: SQLAlchemyStorage) -> list[tuple[Any, ...]]:
 
     result: list[tuple[Any, ...]] = await in_session(storage, read)
     return result
+
+
+async def every_call(storage: SQLAlchemyStorage, key: StorageKey) -> None:
+    """Make each of the storage's calls, and check what they return."""
+    await storage.set_state(key, "Form:name")
+    await storage.set_data(key, {"name": "Ada"})
+    assert await storage.update_data(key, {"age": 36}) == {"name": "Ada", "age": 36}
+    assert await storage.get_state(key) == "Form:name"
+    assert await storage.get_data(key) == {"name": "Ada", "age": 36}
+    await storage.set_data(key, {})
+    assert await storage.update_data(key, {"age": 37}) == {"age": 37}
+    await storage.set_state(key, None)
+    await storage.set_data(key, {})
+    assert await rows(storage) == []
+    await storage.set_state(key, "Form:name")
+    await storage.clear(key)
+    assert await rows(storage) == []

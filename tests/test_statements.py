@@ -15,7 +15,7 @@ import greenlet  # type: ignore[import-untyped]
 import pytest
 from aiogram.fsm.storage.base import StorageKey
 from blocking import locked
-from conftest import Open, dispose, in_session, rows
+from conftest import Open, dispose, every_call, in_session
 from sqlalchemy import (
     URL,
     Connection,
@@ -59,23 +59,6 @@ def give_up(session: Session) -> None:
     """Have the pool connect anew."""
     session.connection().invalidate()
     session.rollback()
-
-
-async def every_call(storage: SQLAlchemyStorage, key: StorageKey) -> None:
-    """Make each of the storage's calls, and check what they return."""
-    await storage.set_state(key, "Form:name")
-    await storage.set_data(key, {"name": "Ada"})
-    assert await storage.update_data(key, {"age": 36}) == {"name": "Ada", "age": 36}
-    assert await storage.get_state(key) == "Form:name"
-    assert await storage.get_data(key) == {"name": "Ada", "age": 36}
-    await storage.set_data(key, {})
-    assert await storage.update_data(key, {"age": 37}) == {"age": 37}
-    await storage.set_state(key, None)
-    await storage.set_data(key, {})
-    assert await rows(storage) == []
-    await storage.set_state(key, "Form:name")
-    await storage.clear(key)
-    assert await rows(storage) == []
 
 
 @pytest.mark.parametrize("target", LISTENED_TO.values(), ids=LISTENED_TO)

@@ -158,14 +158,37 @@ def test_pooler_killed(
 def test_pooler_mixes_statements(
     scenario: Scenario, server: Server, postgresql_server: Server
 ) -> None:
-    """Without a fault: a driver prepares a statement on one server and runs it on another.
+    """Without a fault: SQLAlchemy prepares a statement on one server and runs it on another.
 
     It does so once. From then on the storage wraps its statements into transactions.
     """
     url = server.url.set(drivername="postgresql+asyncpg")
+    by_sqlalchemy = {"logging_token": "chaos"}  # what the application sets for the engine
     for _ in range(3):
-        scenario.hire(url, connect_args=BY_SQLALCHEMYS_RECIPE["asyncpg"])
+        scenario.hire(
+            url,
+            connect_args=BY_SQLALCHEMYS_RECIPE["asyncpg"],
+            execution_options=by_sqlalchemy,
+        )
     for _ in scenario.at_work():
         time.sleep(0.2)
     outcome = scenario.judge(postgresql_server.url, faults=1)
     assert 0 < outcome.retried <= 3 * CLIENTS
+
+
+@pytest.mark.parametrize("server", ["pgbouncer"] * bool(PGBOUNCER), indirect=True)
+def test_pooler_forgets_statements(
+    scenario: Scenario, server: Server, postgresql_server: Server
+) -> None:
+    """As the one before, by libpq and by asyncpg itself, and no call fails.
+
+    Psycopg has not been told of the pooler: what is prepared elsewhere is sent as a text.
+    """
+    scenario.hire(server.url.set(drivername="postgresql+psycopg"))
+    scenario.hire(server.url.set(drivername="postgresql+psycopg"))
+    asyncpg = server.url.set(drivername="postgresql+asyncpg")
+    scenario.hire(asyncpg, connect_args=BY_SQLALCHEMYS_RECIPE["asyncpg"])
+    for _ in scenario.at_work():
+        time.sleep(0.2)
+    outcome = scenario.judge(postgresql_server.url, faults=1)
+    assert outcome.retried == 0
