@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -27,7 +28,8 @@ from ._cancellation import ended
 T = TypeVar("T")
 
 _FEW = 3  # workers at once; more only compete for the interpreter's lock, unless calls take long
-_PATIENCE = 0.005  # seconds that a call waits before there is another worker; an answer, at most
+_PATIENCE = 0.003  # seconds that a call waits before there is another worker; an answer, at most
+_QUICK = 0.001  # seconds; the answer to a call that took longer does not wait for those of others
 _LINGER = 0.1  # seconds that a worker waits for another call
 
 # How many threads there are is for others to decide; anyio's default limiter is the application's.
@@ -162,13 +164,14 @@ class Crew:
             if call is None:
                 return
             if call.claim():
+                began = time.monotonic()
                 call.run()
-                self._report(call)
+                self._report(call, is_quick=time.monotonic() - began < _QUICK)
             del call
 
-    def _report(self, call: _Call[Any]) -> None:
+    def _report(self, call: _Call[Any], *, is_quick: bool = False) -> None:
         self._done.append(call)
-        if self._unanswered - len(self._done) > len(self._workers):
+        if is_quick and self._unanswered - len(self._done) > len(self._workers):
             return  # more calls wait; should they take long, _watch() looks for what is done
         if not self._is_woken:  # otherwise the event loop is about to look
             self._is_woken = True

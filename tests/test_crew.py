@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -84,6 +85,22 @@ async def test_an_answer_does_not_wait_for_calls_that_take_long() -> None:
     gate.set()
     assert await asyncio.gather(*quick, *slow) == [5] * 3 + [True] * 8
     assert answered == [True] * 3
+
+
+async def test_an_answer_that_took_long_waits_for_no_other_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_threads, "_PATIENCE", 3600.0)
+    crew = Crew(1)
+    gate = threading.Event()
+    first = asyncio.ensure_future(crew.do(lambda: time.sleep(2 * _threads._QUICK)))
+    others = [asyncio.ensure_future(crew.do(lambda: gate.wait(20))) for _ in range(4)]
+    with anyio.move_on_after(10):
+        await asyncio.wait([first])
+    answered = first.done()
+    gate.set()
+    await asyncio.gather(first, *others)
+    assert answered
 
 
 async def test_a_call_that_comes_when_a_worker_has_just_left_is_done() -> None:
