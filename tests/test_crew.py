@@ -58,6 +58,7 @@ async def test_answers_go_to_those_who_asked() -> None:
 async def test_the_event_loop_is_not_woken_for_each_of_many_quick_calls(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(_threads, "_QUICK", 3600.0)
     crew = Crew(1)
     loop = asyncio.get_running_loop()
     wake = loop.call_soon_threadsafe
