@@ -95,11 +95,14 @@ async def test_statements_are_prepared_when_psycopg_would(
 async def test_a_statement_that_the_server_forgot_is_run_all_the_same(
     open_storage: Open, key: StorageKey
 ) -> None:
-    storage = await open_one(open_storage, connect_args={"prepare_threshold": 0})
-    for number in range(3):
+    storage = await open_one(open_storage)
+    for number in range(8):
         await storage.set_state(key, f"Form:{number}")
         assert await storage.get_state(key) == f"Form:{number}"
-        await execute(storage, "DEALLOCATE ALL")
+    assert len(await prepared(storage)) == 2
+    await execute(storage, "DEALLOCATE ALL")
+    await storage.set_state(key, "Form:name")
+    assert await storage.get_state(key) == "Form:name"
 
 
 async def test_a_statement_that_is_prepared_already_is_run(
