@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _STATEMENTS = "hybrid_storage.statements"
 
+_PREPARED_ALREADY = b"42P05"  # behind a pooler, by somebody else
 _LOST = {
     b"26000",  # the server has not prepared it: behind a pooler, or it was told to forget
     b"0A000",  # its columns are of other types now
@@ -41,6 +42,8 @@ class PsycopgExecutor(DriverExecutor):
             # Whoever traces statements has classes of its own.
             type(connection) is Connection
             and connection.cursor_factory is Cursor
+            # Only psycopg hands out what else the server sends.
+            and not getattr(connection, "_notify_handlers", None)
             and connection.pgconn.transaction_status == TransactionStatus.IDLE
         )
         return self._by_libpq or super().autocommit()
@@ -75,7 +78,7 @@ class _Statement:
         self._text = (sql % marks).encode(connection.info.encoding)
         self._names = list(marks)
         self._formats = [PyFormat.TEXT] * len(marks)
-        # Behind a pooler, somebody else may have prepared a statement of this name.
+        # Statements of the same name are the same, whoever has prepared them.
         self._name = b"hybrid_storage_" + sha256(self._text).hexdigest()[:32].encode()
         self._uses: float = 0
 
@@ -94,7 +97,9 @@ class _Statement:
         threshold = connection.prepare_threshold
         if threshold is not None and self._uses >= threshold:
             if self._uses == threshold:
-                pgconn.prepare(self._name, self._text)
+                result = pgconn.prepare(self._name, self._text)
+                if result.error_field(DiagnosticField.SQLSTATE) not in (None, _PREPARED_ALREADY):
+                    return result
                 self._uses += 1
             result = pgconn.exec_prepared(self._name, arguments)
             if result.error_field(DiagnosticField.SQLSTATE) not in _LOST:

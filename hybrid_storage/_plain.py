@@ -21,6 +21,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool.base import reset_rollback
 
 from ._statements import AsyncpgExecutor, DriverExecutor, Text
+from ._turns import is_shared
 
 if TYPE_CHECKING:
     from ._runners import AnySession
@@ -64,7 +65,12 @@ class Plain:
         self._executor: type[DriverExecutor] = DriverExecutor
         if dialect.driver == "asyncpg":
             self._executor = AsyncpgExecutor
-        elif dialect.driver == "psycopg" and not dialect.is_async and not dialect.positional:
+        elif (
+            dialect.driver == "psycopg"
+            and not dialect.is_async
+            and not dialect.positional
+            and not is_shared(self.engine)  # only psycopg keeps threads off each other
+        ):
             from ._libpq import PsycopgExecutor
 
             self._executor = PsycopgExecutor

@@ -144,7 +144,7 @@ class Crew:
                 self._fail(error)
         elif self._unanswered > len(self._workers):
             self._hire(_FEW)
-            self._watch()
+        self._watch()
 
     def _fail(self, error: BaseException) -> None:
         """Have the calls that wait fail, for which there is no thread."""

@@ -37,7 +37,7 @@ class Place:
         room = capacity(bind)
         self.calls = CapacityLimiter(room)
         # Calls outside a transaction must go on meanwhile, unless they share its connection.
-        self.transactions = self.calls if _is_shared(bind) else CapacityLimiter(room)
+        self.transactions = self.calls if is_shared(bind) else CapacityLimiter(room)
         self.writers = CapacityLimiter(1)
         self.spares = CapacityLimiter(1)
         self.crew = Crew(room)
@@ -111,7 +111,7 @@ def turn(bind: Bind, writes: bool, limiter: CapacityLimiter | None) -> Turn:
         limiters.append(place(bind).writers)
     if limiter is not None:
         limiters.append(limiter)
-    if limiter is None or _is_shared(bind):
+    if limiter is None or is_shared(bind):
         limiters.append(place(bind).calls)
     return Turn(*limiters)
 
@@ -138,7 +138,7 @@ def alone(bind: Bind) -> AbstractContextManager[object]:
     :param bind: the engine, or the connection, that the call will use
     :return: a context manager to hold while using it
     """
-    if bind.dialect.is_async or not _is_shared(bind):
+    if bind.dialect.is_async or not is_shared(bind):
         return nullcontext()
     with _locks_guard:
         return _locks.setdefault(_resource(bind), threading.Lock())
@@ -149,7 +149,7 @@ def capacity(bind: Bind) -> int:
 
     :param bind: an engine or a connection
     """
-    if _is_shared(bind):
+    if is_shared(bind):
         return 1
     limit = _limit(bind)
     return _UNLIMITED if limit is None else limit
@@ -176,7 +176,11 @@ def is_exhausted(bind: Bind) -> bool:
     )
 
 
-def _is_shared(bind: Bind) -> bool:
+def is_shared(bind: Bind) -> bool:
+    """Tell whether all calls, and the application's, use the same connection.
+
+    :param bind: an engine or a connection
+    """
     return isinstance(bind, Connection) or isinstance(bind.pool, (StaticPool, AssertionPool))
 
 

@@ -184,3 +184,9 @@ async def every_call(storage: SQLAlchemyStorage, key: StorageKey) -> None:
     await storage.set_state(key, "Form:name")
     await storage.clear(key)
     assert await rows(storage) == []
+
+
+def give_up(session: Session) -> None:
+    """Have the pool connect anew."""
+    session.connection().invalidate()
+    session.rollback()

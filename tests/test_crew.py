@@ -13,6 +13,7 @@ from typing import Any
 
 import anyio
 import pytest
+from anyio import to_thread
 
 from hybrid_storage import _threads
 from hybrid_storage._threads import Crew
@@ -150,6 +151,37 @@ async def test_a_call_fails_if_there_can_be_no_thread(monkeypatch: pytest.Monkey
             *(crew.do(lambda: 5) for _ in range(3)), return_exceptions=True
         )
     assert [str(answer) for answer in answers] == ["can't start new thread"] * 3
+
+
+async def test_an_answer_does_not_wait_where_there_can_be_no_more_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    in_thread = to_thread.run_sync
+    begun: list[object] = []
+    refused = asyncio.Event()
+
+    async def one_thread(*args: Any, **options: Any) -> None:
+        begun.append(args)
+        if len(begun) > 1:
+            refused.set()
+            raise RuntimeError("can't start new thread")
+        await in_thread(*args, **options)
+
+    monkeypatch.setattr("anyio.to_thread.run_sync", one_thread)
+    monkeypatch.setattr(_threads, "_QUICK", 3600.0)
+    crew = Crew(5)
+    go, gate = threading.Event(), threading.Event()
+    first = asyncio.ensure_future(crew.do(lambda: go.wait(20)))
+    others = [asyncio.ensure_future(crew.do(lambda: gate.wait(20))) for _ in range(4)]
+    await refused.wait()
+    await asyncio.sleep(0.01)
+    go.set()
+    with anyio.move_on_after(10):
+        await asyncio.wait([first])
+    answered = first.done()
+    gate.set()
+    assert await asyncio.gather(first, *others) == [True] * 5
+    assert answered
 
 
 def test_workers_end_with_their_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:

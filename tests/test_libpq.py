@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import psycopg
 import pytest
 from aiogram.fsm.storage.base import StorageKey
-from conftest import Open, every_call, in_session
-from sqlalchemy import Engine, event
+from conftest import Open, every_call, give_up, in_session
+from sqlalchemy import URL, Engine, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
-from ways import POSTGRESQL
+from sqlalchemy.pool import StaticPool
+from ways import POSTGRESQL, Way
 
 from hybrid_storage import SQLAlchemyStorage, _libpq
 
@@ -80,6 +82,41 @@ async def test_a_cursor_of_the_applications_own_sees_every_statement(
         assert any(text.startswith(verb) for text in seen), verb
 
 
+async def test_a_connection_that_threads_share_is_left_to_psycopg(
+    open_storage: Open, key: StorageKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has a lock, which the application's threads wait for as well."""
+    storage = await open_storage(PSYCOPG, engine_options={"poolclass": StaticPool})
+    execute = psycopg.Cursor.execute
+    seen: list[object] = []
+
+    def see(cursor: Any, query: Any, *args: Any, **options: Any) -> Any:
+        seen.append(query)
+        return execute(cursor, query, *args, **options)
+
+    monkeypatch.setattr(psycopg.Cursor, "execute", see)
+    await storage.set_state(key, "Form:name")
+    assert "INSERT" in str(seen)
+
+
+async def test_handlers_of_notifications_are_called(open_storage: Open, key: StorageKey) -> None:
+    storage = await open_one(open_storage)
+    heard: list[str] = []
+
+    def listen(connection: Any, _: object) -> None:
+        connection.add_notify_handler(lambda notify: heard.append(notify.payload))
+        connection.execute("LISTEN fsm_news")
+        connection.commit()
+
+    event.listen(engine_of(storage), "connect", listen)
+    await in_session(storage, give_up)
+    await storage.get_state(key)
+    other = await open_one(open_storage)
+    await execute(other, "NOTIFY fsm_news, 'read all about it'")
+    await storage.get_state(key)
+    assert heard == ["read all about it"]
+
+
 @pytest.mark.parametrize("threshold", [None, 0, 2])
 async def test_statements_are_prepared_when_psycopg_would(
     threshold: int | None, open_storage: Open, key: StorageKey
@@ -118,6 +155,21 @@ async def test_a_statement_that_is_prepared_already_is_run(
     for _ in range(2):
         await every_call(storage, key)
     assert await prepared(storage)
+
+
+async def test_an_error_while_a_statement_is_prepared_is_raised(
+    open_storage: Open, url_of: Callable[[Way], URL], key: StorageKey
+) -> None:
+    options = {"prepare_threshold": 0, "options": "-c lock_timeout=50"}
+    storage = await open_one(open_storage, connect_args=options)
+    engine: Any = PSYCOPG.engine(url_of(PSYCOPG))
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"LOCK TABLE {storage.table.name} IN ACCESS EXCLUSIVE MODE")
+        with pytest.raises(DBAPIError, match="lock timeout"):
+            await storage.get_state(key)
+    engine.dispose()
+    await storage.get_state(key)
+    assert len(await prepared(storage)) == 1  # it is tried again
 
 
 async def test_a_column_may_be_altered_meanwhile(open_storage: Open, key: StorageKey) -> None:

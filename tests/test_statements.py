@@ -15,7 +15,7 @@ import greenlet  # type: ignore[import-untyped]
 import pytest
 from aiogram.fsm.storage.base import StorageKey
 from blocking import locked
-from conftest import Open, dispose, every_call, in_session
+from conftest import Open, dispose, every_call, give_up, in_session
 from sqlalchemy import (
     URL,
     Connection,
@@ -53,12 +53,6 @@ on_postgresql = pytest.mark.parametrize("way", POSTGRESQL, ids=str)
 def engine_of(storage: SQLAlchemyStorage) -> Engine:
     """Return the synchronous engine that a storage uses."""
     return storage._runner.open()[1].engine
-
-
-def give_up(session: Session) -> None:
-    """Have the pool connect anew."""
-    session.connection().invalidate()
-    session.rollback()
 
 
 @pytest.mark.parametrize("target", LISTENED_TO.values(), ids=LISTENED_TO)
