@@ -97,8 +97,14 @@ class Run:
     async def _at_tasks(
         self, section: str, works: list[Work], operations: int, rounds: int | None = None
     ) -> None:
+        # A turn of two operations for each of 16 tasks would show little but how it begins.
         turns = [
-            Turn(Cell(section, work.name, str(tasks)), work, tasks, max(operations, 2 * tasks))
+            Turn(
+                Cell(section, work.name, str(tasks)),
+                work,
+                tasks,
+                max(operations, 2 * tasks, min(4 * operations, 8 * tasks)),
+            )
             for tasks in self.scale.tasks
             for work in works
         ]
