@@ -1,4 +1,4 @@
-"""Has the contenders take turns: round by round, in rotated order, at the same work."""
+"""Has the contenders take turns: round by round, in random order, at the same work."""
 
 from __future__ import annotations
 
@@ -261,12 +261,14 @@ class Run:
 
     async def _rounds(self, opened: Opened, turns: list[Turn], rounds: int | None = None) -> None:
         names = list(opened)
+        order = random.Random(
+            1
+        )  # or some would always come after one that warms the server for them
         gc.collect()
         gc.freeze()
         for number in range(-1, rounds or self.scale.rounds):  # the first one warms up
             for turn in turns:
-                for place in range(len(names)):
-                    name = names[(number + place) % len(names)]
+                for name in order.sample(names, len(names)):
                     self.advance(f"{turn.cell.section}: {turn.cell.work}, {turn.cell.setting}")
                     await self._take(turn, name, opened[name], warms_up=number < 0)
         gc.unfreeze()
