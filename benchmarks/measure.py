@@ -261,9 +261,8 @@ class Run:
 
     async def _rounds(self, opened: Opened, turns: list[Turn], rounds: int | None = None) -> None:
         names = list(opened)
-        order = random.Random(
-            1
-        )  # or some would always come after one that warms the server for them
+        # In a fixed order, some would always find the server warm from the one before.
+        order = random.Random(1)
         gc.collect()
         gc.freeze()
         for number in range(-1, rounds or self.scale.rounds):  # the first one warms up
