@@ -267,7 +267,7 @@ class Run:
         gc.freeze()
         for number in range(-1, rounds or self.scale.rounds):  # the first one warms up
             for turn in turns:
-                for name in order.sample(names, len(names)):
+                for name in names if number < 0 else order.sample(names, len(names)):
                     self.advance(f"{turn.cell.section}: {turn.cell.work}, {turn.cell.setting}")
                     await self._take(turn, name, opened[name], warms_up=number < 0)
         gc.unfreeze()
