@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import random
 import time
 import tracemalloc
@@ -246,7 +247,9 @@ class Run:
         for contender in contenders:
             self.advance(f"opening {contender.name}")
             url = (servers or self.servers)[contender.server]
-            table = "benchmark_" + "".join(filter(str.isalnum, contender.name)) + suffix
+            # Somebody else may be measuring on the same server.
+            name = "".join(filter(str.isalnum, contender.name))
+            table = f"benchmark_{os.getpid()}_{name}{suffix}"
             storage = await stack.enter_async_context(contender.open(url, table))
             if rows:
                 add_rows(url, table, rows)

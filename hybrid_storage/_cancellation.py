@@ -38,44 +38,43 @@ def _completed(coroutine: Coroutine[Any, Any, T]) -> Generator[Any, None, T]:
     shield: CancelScope | None = None
     error: BaseException | None = None
     try:
-        try:
+        while True:
+            # Time-outs in there are to cancel what is in there, not the caller.
+            _leave_task(loop, outer)
+            _enter_task(loop, inner.as_task)
+            try:
+                awaited = inner.step(error)
+            finally:
+                _leave_task(loop, inner.as_task)
+                _enter_task(loop, outer)
+            error = None
             while True:
-                # Time-outs in there are to cancel what is in there, not the caller.
-                _leave_task(loop, outer)
-                _enter_task(loop, inner.as_task)
+                # Not at once where it is done: its callbacks come first, as for a task.
+                wait = None if awaited is None or awaited.done() else _Wait(awaited)
                 try:
-                    awaited = inner.step(error)
-                finally:
-                    _leave_task(loop, inner.as_task)
-                    _enter_task(loop, outer)
-                error = None
-                while True:
-                    # Not at once where it is done: its callbacks come first, as for a task.
-                    wait = None if awaited is None or awaited.done() else _Wait(awaited)
-                    try:
-                        yield wait
+                    yield wait
+                    break
+                except asyncio.CancelledError as cancelled:
+                    if wait is not None and not wait.is_cancelled:
+                        error = cancelled  # that of what is awaited
                         break
-                    except asyncio.CancelledError as cancelled:
-                        if wait is not None and not wait.is_cancelled:
-                            error = cancelled  # that of what is awaited
-                            break
-                        if shield is None:
-                            # anyio would cancel this task in each turn of the event loop.
-                            shield = CancelScope(shield=True).__enter__()
-                        interruption = cancelled
-                    except BaseException as failed:
-                        error = failed
-                        break
-        except StopIteration as stop:
-            if interruption is not None:
-                raise interruption from None
-            return cast("T", stop.value)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException:
-            if interruption is not None:
-                raise interruption from None
-            raise
+                    if shield is None:
+                        # anyio would cancel this task in each turn of the event loop.
+                        shield = CancelScope(shield=True).__enter__()
+                    interruption = cancelled
+                except BaseException as failed:
+                    error = failed
+                    break
+    except StopIteration as stop:
+        if interruption is not None:
+            raise interruption from None
+        return cast("T", stop.value)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:
+        if interruption is not None:
+            raise interruption from None
+        raise
     finally:
         if shield is not None:
             shield.__exit__(*sys.exc_info())

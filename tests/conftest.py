@@ -190,3 +190,8 @@ def give_up(session: Session) -> None:
     """Have the pool connect anew."""
     session.connection().invalidate()
     session.rollback()
+
+
+def engine_of(storage: SQLAlchemyStorage) -> Engine:
+    """Return the synchronous engine that a storage uses."""
+    return storage._runner.open()[1].engine

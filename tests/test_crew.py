@@ -7,7 +7,7 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,16 @@ from anyio import to_thread
 
 from hybrid_storage import _threads
 from hybrid_storage._threads import Crew
+
+
+async def are_answered(calls: Sequence[asyncio.Future[Any]], gate: threading.Event) -> bool:
+    """Tell whether calls are answered while others wait at a gate; then open it."""
+    with anyio.move_on_after(10):
+        await asyncio.wait(calls)
+    answered = all(call.done() for call in calls)
+    gate.set()
+    await asyncio.gather(*calls)
+    return answered
 
 
 async def test_calls_that_take_long_are_done_at_the_same_time() -> None:
@@ -81,12 +91,8 @@ async def test_an_answer_does_not_wait_for_calls_that_take_long() -> None:
     gate = threading.Event()
     quick = [asyncio.ensure_future(crew.do(lambda: 5)) for _ in range(3)]
     slow = [asyncio.ensure_future(crew.do(lambda: gate.wait(20))) for _ in range(8)]
-    with anyio.move_on_after(10):
-        await asyncio.wait(quick)
-    answered = [each.done() for each in quick]
-    gate.set()
+    assert await are_answered(quick, gate)
     assert await asyncio.gather(*quick, *slow) == [5] * 3 + [True] * 8
-    assert answered == [True] * 3
 
 
 async def test_an_answer_that_took_long_waits_for_no_other_call(
@@ -97,12 +103,8 @@ async def test_an_answer_that_took_long_waits_for_no_other_call(
     gate = threading.Event()
     first = asyncio.ensure_future(crew.do(lambda: time.sleep(2 * _threads._QUICK)))
     others = [asyncio.ensure_future(crew.do(lambda: gate.wait(20))) for _ in range(4)]
-    with anyio.move_on_after(10):
-        await asyncio.wait([first])
-    answered = first.done()
-    gate.set()
-    await asyncio.gather(first, *others)
-    assert answered
+    assert await are_answered([first], gate)
+    assert await asyncio.gather(*others) == [True] * 4
 
 
 async def test_a_call_that_comes_when_a_worker_has_just_left_is_done() -> None:
@@ -176,12 +178,8 @@ async def test_an_answer_does_not_wait_where_there_can_be_no_more_threads(
     await refused.wait()
     await asyncio.sleep(0.01)
     go.set()
-    with anyio.move_on_after(10):
-        await asyncio.wait([first])
-    answered = first.done()
-    gate.set()
+    assert await are_answered([first], gate)
     assert await asyncio.gather(first, *others) == [True] * 5
-    assert answered
 
 
 def test_workers_end_with_their_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import psycopg
 import pytest
 from aiogram.fsm.storage.base import StorageKey
-from conftest import Open, every_call, give_up, in_session
-from sqlalchemy import URL, Engine, event
+from conftest import Open, engine_of, every_call, give_up, in_session
+from sqlalchemy import URL, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import StaticPool
@@ -26,11 +26,6 @@ async def open_one(open_storage: Open, **options: Any) -> SQLAlchemyStorage:
     storage = await open_storage(PSYCOPG, engine_options={**ONE, **options}, retry_for=0)
     assert isinstance(storage, SQLAlchemyStorage)
     return storage
-
-
-def engine_of(storage: SQLAlchemyStorage) -> Engine:
-    """Return the engine that a storage uses."""
-    return storage._runner.open()[1].engine
 
 
 async def prepared(storage: SQLAlchemyStorage) -> set[str]:

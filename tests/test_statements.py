@@ -15,7 +15,7 @@ import greenlet  # type: ignore[import-untyped]
 import pytest
 from aiogram.fsm.storage.base import StorageKey
 from blocking import locked
-from conftest import Open, dispose, every_call, give_up, in_session
+from conftest import Open, dispose, engine_of, every_call, give_up, in_session
 from sqlalchemy import (
     URL,
     Connection,
@@ -48,11 +48,6 @@ if not __version__.startswith("2.0."):  # which does not call who listens to all
 
 on_every_driver = pytest.mark.parametrize("way", SERVERS, ids=str)
 on_postgresql = pytest.mark.parametrize("way", POSTGRESQL, ids=str)
-
-
-def engine_of(storage: SQLAlchemyStorage) -> Engine:
-    """Return the synchronous engine that a storage uses."""
-    return storage._runner.open()[1].engine
 
 
 @pytest.mark.parametrize("target", LISTENED_TO.values(), ids=LISTENED_TO)
