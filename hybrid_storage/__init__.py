@@ -3,10 +3,12 @@
 from ._codec import CorruptDataError
 from .isolation import SQLAlchemyEventIsolation
 from .keys import FullKeyBuilder
-from .middleware import SessionMiddleware
 from .model import FSMData, declare_model
 from .operations import Operations
 from .storage import SQLAlchemyStorage
+from .transactions import SessionMiddleware
+
+__version__ = "1.0.0"
 
 __all__ = [
     "CorruptDataError",
@@ -16,5 +18,6 @@ __all__ = [
     "SQLAlchemyEventIsolation",
     "SQLAlchemyStorage",
     "SessionMiddleware",
+    "__version__",
     "declare_model",
 ]

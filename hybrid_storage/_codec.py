@@ -96,14 +96,6 @@ class Codec:
             raise self._corrupt(key, f"it is a JSON {type(data).__name__}, not an object")
         return data
 
-    def merge(self, key: StorageKey, changes: str) -> Merge:
-        """Return the function that applies changes to a stored text, as ``dict.update`` does.
-
-        :param key: the conversation's key, for the error
-        :param changes: the text of the changes
-        """
-        return Merge(self, key, changes)
-
     def _corrupt(self, key: StorageKey, why: str) -> CorruptDataError:
         return CorruptDataError(
             f"the data of {key} in table {self._table!r} cannot be read, {why}. "
@@ -115,6 +107,12 @@ class Merge:
     """Applies changes to a stored text."""
 
     def __init__(self, codec: Codec, key: StorageKey, changes: str) -> None:
+        """Remember the changes, to be applied as ``dict.update`` does.
+
+        :param codec: translates the texts
+        :param key: the conversation's key, for errors
+        :param changes: the text of the changes
+        """
         self._codec = codec
         self._key = key
         self._changes = changes
@@ -127,7 +125,10 @@ class Merge:
         :param text: what the row holds
         """
         # Parsed anew each time: nothing of the caller's own objects gets into the result.
-        self.data = {**self._codec.load(self._key, text), **self._codec._loads(self._changes)}
+        self.data = {
+            **self._codec.load(self._key, text),
+            **self._codec.load(self._key, self._changes),
+        }
         return self._codec.dump(self.data)
 
 

@@ -22,14 +22,14 @@ from typing import TypeVar
 import anyio
 from aiogram.fsm.storage.base import BaseEventIsolation, StorageKey
 from anyio.lowlevel import RunVar
-from sqlalchemy import Dialect
+from sqlalchemy import Connection
 from tenacity import AsyncRetrying, retry_if_result, wait_random_exponential
 
-from ._cancellation import completed
-from ._leases import Leases
-from ._retries import in_short, logger, persist
-from ._runners import Runner
-from ._statements import Operation, Steps
+from ._engine.cancellation import run_to_completion
+from ._engine.errors import in_short
+from ._engine.retries import logger, warning_if_slow, with_retries
+from ._engine.runner import Call, Runner
+from ._sql.leases import Leases
 
 T = TypeVar("T")
 
@@ -59,6 +59,7 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         poll: float,
         wait: float | None,
         retry_for: float,
+        slow_after: float,
     ) -> None:
         """Remember what to use; see :meth:`SQLAlchemyStorage.create_isolation`."""
         for name, seconds in {"lease": lease, "poll": poll, "wait": wait}.items():
@@ -71,6 +72,7 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         self._poll = poll
         self._wait = wait
         self._retry_for = retry_for
+        self._slow_after = slow_after
         self._local: RunVar[_Here] = RunVar(f"isolation-{uuid.uuid4().hex}")
 
     @asynccontextmanager
@@ -80,7 +82,7 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         Cancelled while it waits, it leaves nothing behind; cancelled while it is held, it frees it.
 
         :param key: the conversation's key
-        :raises TimeoutError: if the lock was not to be had within ``wait`` seconds
+        :raises TimeoutError: if the lock could not be acquired within ``wait`` seconds
         :raises RuntimeError: if this task holds it already
         """
         row = self._row_of(key)
@@ -95,14 +97,16 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
                     raise
             if limit.cancelled_caught:
                 raise TimeoutError(
-                    f"the lock of {row!r} was not to be had within {self._wait:g} s: its holder is "
-                    "still at work, or has died within the last lease"
+                    f"could not acquire the lock for {row!r} within {self._wait:g} s: its holder "
+                    "is still at work, or has died within the last lease"
                 )
             try:
                 yield
             finally:
                 try:
-                    await completed(self._free(here, row, min(self._retry_for, self._lease)))
+                    await run_to_completion(
+                        self._free(here, row, min(self._retry_for, self._lease))
+                    )
                 finally:
                     turn.release()
 
@@ -133,14 +137,14 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         unanswered = False
         deadline = 0.0
 
-        def ask(database: Dialect) -> Steps[bool]:
+        def acquire(connection: Connection) -> bool:
             nonlocal unanswered, deadline
             unanswered, deadline = True, time.monotonic() + self._lease
-            return self._leases.acquire(database, row, here.owner, self._lease)
+            return self._leases.acquire(connection, row, here.owner, self._lease)
 
         async def attempt() -> bool:
             nonlocal unanswered
-            taken = await persist(partial(self._execute, ask), self._retry_for, f"locking {row!r}")
+            taken = await self._execute(acquire, row, self._retry_for)
             unanswered = False
             return taken
 
@@ -152,7 +156,7 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
             await again(attempt)
         except BaseException:
             if unanswered:  # it may have been taken, for a caller that is gone
-                await completed(self._free(here, row, retry_for=0))
+                await run_to_completion(self._free(here, row, retry_for=0))
             raise
         here.holds[row] = _Hold(deadline)
         # It counts from the moment of asking, and may have been long in coming.
@@ -162,20 +166,21 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         here.holds.pop(row, None)
         here.rest()
         try:
-            await persist(
-                partial(
-                    self._execute,
-                    lambda database: self._leases.release(database, row, here.owner),
-                ),
-                retry_for,
-                f"freeing the lock of {row!r}",
+            await self._execute(
+                partial(self._leases.release, row=row, owner=here.owner), row, retry_for
             )
         except Exception as error:
             # The update has been handled; the lease ends by itself.
             logger.warning("could not free the lock of %r: %s", row, in_short(error))
 
-    async def _execute(self, operation: Operation[T]) -> T:
-        return await self._runner.execute(operation, self._leases.to_write)
+    async def _execute(self, function: Callable[[Connection], T], row: str, retry_for: float) -> T:
+        call = self._call(function, row)
+        with warning_if_slow(self._slow_after, call):
+            return await with_retries(partial(self._runner.execute, call), retry_for, call)
+
+    def _call(self, function: Callable[[Connection], T], row: str) -> Call[T]:
+        arguments = {**self._runner.bind_arguments, "clause": self._leases.delete}
+        return Call(function, arguments, row, self._leases.table.fullname)
 
     def _schedule(self, here: _Here, pause: float) -> None:
         loop = asyncio.get_running_loop()
@@ -199,9 +204,8 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         try:
             for start in range(0, len(rows), _CHUNK):
                 chunk = rows[start : start + _CHUNK]
-                kept = await self._execute(
-                    partial(self._leases.renew, rows=chunk, owner=here.owner, lease=self._lease)
-                )
+                renew = partial(self._leases.renew, rows=chunk, owner=here.owner, lease=self._lease)
+                kept = await self._runner.execute(self._call(renew, "leases"), is_heartbeat=True)
                 for row in kept:
                     holds[row].deadline = before + self._lease
                 for row in set(chunk) - kept:

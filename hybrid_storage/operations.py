@@ -2,26 +2,97 @@
 
 This is the storage's whole behaviour; the rest only decides how a call reaches the database:
 
-* ``Operations`` (here) turns keys, states and data into text and back,
-* ``_rows.py`` holds the statements, and ``_statements.py`` runs them,
-* ``storage.py`` has the same operations run for aiogram, on connections of its own,
-* ``_runners.py`` carries them there: in a greenlet or in a thread.
+* ``Calls`` (here) turns a key, a state or data into text, and picks the function of ``_sql/`` that
+  says it to the database,
+* ``Operations`` (here) runs these calls in a session of the application's,
+* ``storage.py`` has the same calls run for aiogram, on connections of its own,
+* ``_engine/runner.py`` carries them there: in a thread or in a greenlet.
 
-Synchronous code calls them with the session it has, asynchronous code hands them to
+Synchronous code uses the operations with the session it has, asynchronous code hands them to
 ``AsyncSession.run_sync``. Either way they commit and roll back with everything else in there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 from aiogram.fsm.storage.base import StateType, StorageKey
+from sqlalchemy import Connection, inspect
 from sqlalchemy.orm import Session
 
-from ._codec import Codec
-from ._rows import Rows
+from ._codec import Codec, Merge
+from ._engine.runner import Call
+from ._sql.rows import Rows
+from .model import FSMData
+
+T = TypeVar("T")
+
+
+class Calls:
+    """Makes calls of keys, states and data; what is wrong with these is raised here."""
+
+    def __init__(self, model: type[FSMData], rows: Rows, codec: Codec) -> None:
+        """Remember what to use.
+
+        :param model: the mapped class, by which a session may choose its engine
+        :param rows: the statements on its table
+        :param codec: translates keys, states and data
+        """
+        self._rows = rows
+        self._codec = codec
+        # What the ORM passes when it looks for a statement's engine: Session(binds=...) works.
+        self.bind_arguments: dict[str, Any] = {"mapper": inspect(model)}
+        self._to_read = {**self.bind_arguments, "clause": rows.select_data}
+        self.to_write = {**self.bind_arguments, "clause": rows.replace_data}
+
+    def get_state(self, key: StorageKey) -> Call[str | None]:
+        """Return the call that reads a state."""
+        row = self._codec.row(key)
+        return self._reading(row, partial(self._rows.get_state, row=row))
+
+    def get_data(self, key: StorageKey) -> Call[dict[str, Any]]:
+        """Return the call that reads data."""
+        row = self._codec.row(key)
+        return self._reading(
+            row, lambda connection: self._codec.load(key, self._rows.get_data(connection, row))
+        )
+
+    def set_state(self, key: StorageKey, state: StateType) -> Call[None]:
+        """Return the call that sets or removes a state."""
+        row, name = self._codec.row(key), self._codec.state(state)
+        return self._writing(row, partial(self._rows.set_state, row=row, state=name))
+
+    def set_data(self, key: StorageKey, data: Mapping[str, Any]) -> Call[None]:
+        """Return the call that replaces data."""
+        row, text = self._codec.row(key), self._codec.dump(data)
+        return self._writing(row, partial(self._rows.set_data, row=row, data=text))
+
+    def update_data(self, key: StorageKey, data: Mapping[str, Any]) -> Call[dict[str, Any]]:
+        """Return the call that changes fields of data, and returns the whole."""
+        changes = self._codec.dump(data)
+        if not changes:
+            return self.get_data(key)
+        row = self._codec.row(key)
+
+        def update(connection: Connection) -> dict[str, Any]:
+            merge = Merge(self._codec, key, changes)
+            self._rows.update_data(connection, row, merge)
+            return merge.data
+
+        return self._writing(row, update)
+
+    def clear(self, key: StorageKey) -> Call[None]:
+        """Return the call that removes a row."""
+        row = self._codec.row(key)
+        return self._writing(row, partial(self._rows.clear, row=row))
+
+    def _reading(self, row: str, function: Callable[[Connection], T]) -> Call[T]:
+        return Call(function, self._to_read, row, self._rows.table.fullname, writes=False)
+
+    def _writing(self, row: str, function: Callable[[Connection], T]) -> Call[T]:
+        return Call(function, self.to_write, row, self._rows.table.fullname)
 
 
 class Operations:
@@ -32,9 +103,8 @@ class Operations:
     ``storage.operations``. The errors are those of the storage's methods of the same names.
     """
 
-    def __init__(self, rows: Rows, codec: Codec) -> None:
-        self._rows = rows
-        self._codec = codec
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
 
     def get_state(self, session: Session, key: StorageKey) -> str | None:
         """Return the state of a conversation.
@@ -43,8 +113,7 @@ class Operations:
         :param key: the conversation's key
         :return: the state's name, None if there is none
         """
-        row = self._codec.row(key)
-        return self._rows.to_read(session).perform(partial(self._rows.get_state, row=row))
+        return _run(session, self._calls.get_state(key))
 
     def set_state(self, session: Session, key: StorageKey, state: StateType = None) -> None:
         """Set or remove the state of a conversation.
@@ -53,8 +122,7 @@ class Operations:
         :param key: the conversation's key
         :param state: the state or its name; None removes it
         """
-        row, name = self._codec.row(key), self._codec.state(state)
-        self._rows.to_write(session).perform(partial(self._rows.set_state, row=row, state=name))
+        _run(session, self._calls.set_state(key, state))
 
     def get_data(self, session: Session, key: StorageKey) -> dict[str, Any]:
         """Return the data of a conversation.
@@ -63,9 +131,7 @@ class Operations:
         :param key: the conversation's key
         :return: the data, empty if there is none
         """
-        row = self._codec.row(key)
-        text = self._rows.to_read(session).perform(partial(self._rows.get_data, row=row))
-        return self._codec.load(key, text)
+        return _run(session, self._calls.get_data(key))
 
     def set_data(self, session: Session, key: StorageKey, data: Mapping[str, Any]) -> None:
         """Replace the data of a conversation.
@@ -74,8 +140,7 @@ class Operations:
         :param key: the conversation's key
         :param data: the new data; an empty one removes it
         """
-        row, text = self._codec.row(key), self._codec.dump(data)
-        self._rows.to_write(session).perform(partial(self._rows.set_data, row=row, data=text))
+        _run(session, self._calls.set_data(key, data))
 
     @overload
     def get_value(self, session: Session, key: StorageKey, name: str) -> Any | None: ...
@@ -101,13 +166,7 @@ class Operations:
         :param data: the fields to set, as in ``dict.update``
         :return: the whole data, as stored
         """
-        changes = self._codec.dump(data)
-        row = self._codec.row(key)
-        if not changes:
-            return self.get_data(session, key)
-        merge = self._codec.merge(key, changes)
-        self._rows.to_write(session).perform(partial(self._rows.update_data, row=row, merge=merge))
-        return merge.data
+        return _run(session, self._calls.update_data(key, data))
 
     def clear(self, session: Session, key: StorageKey) -> None:
         """Remove state and data of a conversation.
@@ -115,5 +174,14 @@ class Operations:
         :param session: the session to write in
         :param key: the conversation's key
         """
-        row = self._codec.row(key)
-        self._rows.to_write(session).perform(partial(self._rows.clear, row=row))
+        _run(session, self._calls.clear(key))
+
+
+def _run(session: Session, call: Call[T]) -> T:
+    if hasattr(session, "sync_session"):
+        raise TypeError(
+            "an AsyncSession runs the operation itself: "
+            "await session.run_sync(storage.operations.get_state, key)"
+        )
+    # Not session.execute(), which would flush the session's pending objects first.
+    return call.run(session.connection(dict(call.bind_arguments)))

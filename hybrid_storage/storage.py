@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeAlias, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
 
 from aiogram.fsm.storage.base import BaseStorage, KeyBuilder, StateType, StorageKey
 from anyio import CapacityLimiter
 from sqlalchemy import (
     URL,
-    Connection,
-    Dialect,
     Engine,
     MetaData,
     Table,
@@ -26,18 +25,18 @@ from sqlalchemy.orm import Session
 from sqlalchemy.orm import sessionmaker as sync_sessionmaker
 
 from ._codec import Codec, JsonDumps, JsonLoads
-from ._factories import session_factory
-from ._leases import Leases
-from ._retries import persist
-from ._rows import Rows
-from ._runners import Runner
-from ._scopes import ScopeClosed
-from ._statements import Operation, Steps
-from ._threads import in_thread
+from ._engine.errors import is_transient
+from ._engine.factories import session_factory
+from ._engine.retries import warning_if_slow, with_retries
+from ._engine.runner import Call, Runner
+from ._engine.scopes import ScopeClosed
+from ._engine.threads import run_in_thread
+from ._sql.leases import Leases
+from ._sql.rows import Rows
 from .isolation import SQLAlchemyEventIsolation
 from .keys import FullKeyBuilder
-from .model import FSMData, HasMetaData, declare_lock_table, model_for
-from .operations import Operations
+from .model import FSMData, HasMetaData, declare_lock_table, model_for, table_of
+from .operations import Calls, Operations
 from .transactions import S, Transactions
 
 if TYPE_CHECKING:
@@ -55,18 +54,18 @@ if TYPE_CHECKING:
         | async_scoped_session[Any]
     )
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 RETRY_FOR = 30.0  # seconds: a server's restart, a short failover
+SLOW_AFTER = 10.0  # seconds
 
 
 class SQLAlchemyStorage(Transactions[S], BaseStorage):
     """Keeps states and data of aiogram's FSM in a table, one row a conversation.
 
-    Every method may be called by any number of tasks, threads and processes at once. A call that
-    is cancelled before its turn does nothing; one that has begun is finished before the
-    cancellation goes on, so that no write lands late.
+    Every method may be called by any number of tasks, threads and processes at once. A call that is
+    cancelled ends soon where the driver can end a statement. Its write has happened wholly or not
+    at all, and nothing of it happens afterwards.
     """
 
     model: type[FSMData]
@@ -90,6 +89,7 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
         *,
         limiter: CapacityLimiter | None = None,
         retry_for: float = RETRY_FOR,
+        slow_after: float = SLOW_AFTER,
     ) -> None: ...
     @overload
     def __init__(
@@ -113,6 +113,7 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
         *,
         limiter: CapacityLimiter | None = None,
         retry_for: float = RETRY_FOR,
+        slow_after: float = SLOW_AFTER,
         session: SessionFactory | None = None,
         base: MetaData | type[HasMetaData] | None = None,
     ) -> None:
@@ -132,6 +133,8 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
         :param retry_for: how many seconds to go on trying where the database drops the connection,
             restarts, is busy, or resolves a deadlock at the call's cost; then its last error is
             raised. 0 tries once
+        :param slow_after: after how many seconds the log warns of a call that waits for the
+            database
         :param session: deprecated, ``sessionmaker`` under its former name
         :param base: deprecated, ``metadata`` under its former name
         :raises TypeError: if an argument is not of its kind
@@ -142,8 +145,7 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
         if factory is None:
             raise TypeError("SQLAlchemyStorage() needs a sessionmaker or an async_sessionmaker")
         self.model = model_for(_renamed("metadata", metadata, "base", base), table_name)
-        self._rows = Rows(self.model)
-        self.table = self._rows.table
+        self.table = table_of(self.model)
         self.metadata = self.table.metadata
         self._tables = [self.table]
         for name, function in {"json_dumps": json_dumps, "json_loads": json_loads}.items():
@@ -153,13 +155,16 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
             raise TypeError(f"limiter is an anyio.CapacityLimiter, not {limiter!r}")
         if key_builder is not None and not isinstance(key_builder, KeyBuilder):
             raise TypeError(f"key_builder is a KeyBuilder, not {key_builder!r}")
-        self._codec = Codec(
-            key_builder or FullKeyBuilder(), json_dumps, json_loads, self.table.fullname
+        for name, seconds in {"retry_for": retry_for, "slow_after": slow_after}.items():
+            if seconds < 0:
+                raise ValueError(f"{name} is a number of seconds, 0 or more, not {seconds!r}")
+        codec = Codec(key_builder or FullKeyBuilder(), json_dumps, json_loads, self.table.fullname)
+        self._row_of = codec.row
+        self._calls = Calls(self.model, Rows(self.table), codec)
+        self.operations = Operations(self._calls)
+        super().__init__(
+            Runner(*session_factory(factory), self._calls.bind_arguments, limiter), slow_after
         )
-        self.operations = Operations(self._rows, self._codec)
-        super().__init__(Runner(*session_factory(factory), self._rows.bind_arguments, limiter))
-        if retry_for < 0:
-            raise ValueError(f"retry_for is a number of seconds, 0 or more, not {retry_for!r}")
         self._retry_for = retry_for
         self._owned: Engine | AsyncEngine | None = None
 
@@ -175,6 +180,7 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
         json_loads: JsonLoads = json.loads,
         limiter: CapacityLimiter | None = None,
         retry_for: float = RETRY_FOR,
+        slow_after: float = SLOW_AFTER,
         **engine_options: Any,
     ) -> SQLAlchemyStorage:
         """Make a storage with an engine of its own, which :meth:`close` disposes.
@@ -204,6 +210,7 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
             json_loads,
             limiter=limiter,
             retry_for=retry_for,
+            slow_after=slow_after,
         )
         storage._owned = engine
         return storage
@@ -213,11 +220,14 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
 
         Several processes may do so at once. Fit for ``dp.startup.register(storage.create_table)``.
         """
+        what = f"creating table {self.table.fullname!r}"
         try:
-            await self._define(self._create_tables)
-        except DBAPIError:
+            await with_retries(
+                partial(self._in_own_transaction, self._create_tables), self._retry_for, what
+            )
+        except DBAPIError as error:
             # Another process may have created it between the look and the statement.
-            if not await self._define(self._has_tables):
+            if is_transient(error) or not await self._in_own_transaction(self._has_tables):
                 raise
 
     def create_isolation(
@@ -239,12 +249,13 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
         self._tables = [self.table, table]
         return SQLAlchemyEventIsolation(
             self._runner,
-            Leases(table, self._rows.bind_arguments),
-            self._codec.row,
+            Leases(table),
+            self._row_of,
             lease=lease,
             poll=poll,
             wait=wait,
             retry_for=self._retry_for,
+            slow_after=self._slow_after,
         )
 
     async def close(self) -> None:
@@ -254,7 +265,7 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
         shutdown handlers run.
         """
         if isinstance(self._owned, Engine):
-            await in_thread(self._owned.dispose)
+            await run_in_thread(self._owned.dispose)
         elif self._owned is not None:
             await self._owned.dispose()
 
@@ -264,7 +275,7 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
         :param key: the conversation's key
         :return: the state's name, None if there is none
         """
-        return await self._read(self._rows.get_state, key)
+        return await self._execute(self._calls.get_state(key))
 
     async def set_state(self, key: StorageKey, state: StateType = None) -> None:
         """Set or remove the state of a conversation.
@@ -274,7 +285,7 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
         :raises TypeError: if it is neither
         :raises ValueError: if the database cannot hold it
         """
-        await self._write(self._rows.set_state, key, self._codec.state(state))
+        await self._execute(self._calls.set_state(key, state))
 
     async def get_data(self, key: StorageKey) -> dict[str, Any]:
         """Return the data of a conversation.
@@ -283,7 +294,7 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
         :raises CorruptDataError: if the row's data is not the JSON text of an object
         :return: the data, empty if there is none; the caller's to change
         """
-        return self._codec.load(key, await self._read(self._rows.get_data, key))
+        return await self._execute(self._calls.get_data(key))
 
     async def set_data(self, key: StorageKey, data: Mapping[str, Any]) -> None:
         """Replace the data of a conversation.
@@ -293,7 +304,7 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
         :raises DataNotDictLikeError: if it is no mapping
         :raises ValueError: if the database cannot hold it; or whatever ``json_dumps`` raises
         """
-        await self._write(self._rows.set_data, key, self._codec.dump(data))
+        await self._execute(self._calls.set_data(key, data))
 
     @overload
     async def get_value(self, storage_key: StorageKey, dict_key: str) -> Any | None: ...
@@ -319,65 +330,29 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
         :raises ValueError: if the database cannot hold it; or whatever ``json_dumps`` raises
         :return: the whole data, as stored
         """
-        changes = self._codec.dump(data)
-        if not changes:
-            return await self.get_data(key)
-        merge = self._codec.merge(key, changes)
-        await self._write(self._rows.update_data, key, merge)
-        return merge.data
+        return await self._execute(self._calls.update_data(key, data))
 
     async def clear(self, key: StorageKey) -> None:
         """Remove state and data of a conversation in one statement.
 
         :param key: the conversation's key
         """
-        await self._write(self._rows.clear, key)
+        await self._execute(self._calls.clear(key))
 
-    def _read(self, operation: Callable[[Dialect, str], Steps[T]], key: StorageKey) -> Awaitable[T]:
-        row = self._codec.row(key)
-        return self._run(lambda database: operation(database, row), row, writes=False)
+    async def _execute(self, call: Call[T]) -> T:
+        with warning_if_slow(self._slow_after, call):
+            scope = self._scope()
+            if scope is not None:
+                with suppress(ScopeClosed):
+                    return await scope.execute(call)
+            return await with_retries(partial(self._runner.execute, call), self._retry_for, call)
 
-    def _write(
-        self,
-        operation: Callable[Concatenate[Dialect, str, P], Steps[T]],
-        key: StorageKey,
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> Awaitable[T]:
-        row = self._codec.row(key)
-        return self._run(lambda database: operation(database, row, *args, **kwargs), row)
-
-    def _run(self, operation: Operation[T], what: str, *, writes: bool = True) -> Awaitable[T]:
-        run = self._run_alone if self._scope.get() is None else self._run_in_scope
-        return run(operation, what, writes)
-
-    async def _run_in_scope(self, operation: Operation[T], what: str, writes: bool) -> T:
-        connect = self._rows.to_write if writes else self._rows.to_read
-        try:
-            return await self._join(lambda session: connect(session).perform(operation))
-        except ScopeClosed:
-            return await self._run_alone(operation, what, writes)
-
-    def _run_alone(self, operation: Operation[T], what: str, writes: bool = True) -> Awaitable[T]:
-        connect = self._rows.to_write if writes else self._rows.to_read
-        return persist(
-            partial(self._runner.execute, operation, connect, writes=writes),
-            self._retry_for,
-            f"{'writing' if writes else 'reading'} {what!r} in table {self.table.fullname!r}",
-        )
-
-    def _define(self, work: Callable[[Connection], T]) -> Awaitable[T]:
-        def in_session(session: Session) -> T:
-            return work(self._rows.to_write(session).connection)
-
-        what = f"the definition of table {self.table.fullname!r}"
-        return persist(partial(self._runner.run, in_session), self._retry_for, what)
-
-    def _create_tables(self, connection: Connection) -> None:
+    def _create_tables(self, session: Session) -> None:
+        connection = session.connection(self._calls.to_write)
         self.metadata.create_all(connection, tables=self._tables)
 
-    def _has_tables(self, connection: Connection) -> bool:
-        inspector = inspect(connection)
+    def _has_tables(self, session: Session) -> bool:
+        inspector = inspect(session.connection(self._calls.to_write))
         return all(inspector.has_table(table.name, schema=table.schema) for table in self._tables)
 
 

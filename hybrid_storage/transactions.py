@@ -7,25 +7,28 @@ rows are committed together or not at all.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
-from functools import partial
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeAlias, cast
 
+from aiogram import BaseMiddleware
+from aiogram.dispatcher.event.bases import CancelHandler, SkipHandler
+from aiogram.types import TelegramObject
 from sqlalchemy.orm import Session, scoped_session
 from typing_extensions import TypeVar
 
-from ._cancellation import completed
-from ._runners import Runner, carry, synchronous
-from ._scopes import Scope, ScopeClosed
-from ._turns import long_turn
+from ._engine.retries import warning_if_slow
+from ._engine.runner import Runner
+from ._engine.scopes import Scope, ScopeClosed, TransactionScope
+from ._engine.slots import PARENT_WAIT, is_held_by_parent, pool_state, transaction_slot
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 
-    from ._runners import AnySession
+    from ._engine.factories import AnySession
 
     AnyScopedSession: TypeAlias = scoped_session[Any] | async_scoped_session[Any]
 
@@ -37,13 +40,15 @@ S = TypeVar("S", bound="Session | AsyncSession", default=Any)
 class Transactions(Generic[S]):
     """The part of the storage that opens, joins and ends transactions."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, slow_after: float) -> None:
         """Remember what runs the calls that join nothing.
 
         :param runner: the storage's runner
+        :param slow_after: after how many seconds to warn of a call that waits
         """
         self._runner = runner
-        self._scope: ContextVar[Scope | None] = ContextVar("scope", default=None)
+        self._slow_after = slow_after
+        self._joined: ContextVar[Scope | None] = ContextVar("joined", default=None)
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[S]:
@@ -53,30 +58,35 @@ class Transactions(Generic[S]):
                 session.add(Order(...))
                 await state.set_state(Form.paid)
 
-        It commits at the end of the block, and rolls back on any exception or cancellation. Inside
-        of another scope of the storage's it is a savepoint of that one's transaction: an exception
-        undoes the inner block, and whoever catches it goes on with the rest. Nothing in here is
-        retried.
+        It commits at the end of the block, and rolls back on any exception or cancellation. Nested
+        in another block of the same task, it is a savepoint: an exception undoes the inner block,
+        and whoever catches it goes on with the rest. Nothing in here is retried.
 
+        The transaction belongs to the task that opened it. Single calls of tasks started inside
+        join it while it is open; a ``transaction()`` of theirs is one of its own, in which no wait
+        for a lock takes longer than 10 seconds, since the lock may be the parent's.
+
+        :raises RuntimeError: if it waits for a connection, or in SQLite for the write lock, that
+            a transaction of its own task or of its parents holds
+        :raises PendingRollbackError: if a call in the block was cancelled and the block went on
         :return: a context manager that gives an ``AsyncSession`` or a ``Session``, as the factory
             makes them
         """
-        scope = self._scope.get()
-        if scope is not None and scope.is_open:
-            async with scope.savepoint():
-                yield cast("S", scope.session)
+        scope = self._scope()
+        if scope is not None and scope.task is asyncio.current_task():
+            async with scope.savepoint() as inner, self._joining(inner):
+                yield cast("S", inner.session)
             return
         session, bind = self._runner.open()
-        async with long_turn(bind):
-            succeeded = False
-            try:
-                async with self.using(session):
-                    synchronous(session).begin()
-                    yield cast("S", session)
-                succeeded = True
-            finally:
-                end = partial(_end, synchronous(session), succeeded)
-                await completed(carry(session, end))
+        pool = pool_state(bind)
+        lock_timeout = PARENT_WAIT if is_held_by_parent(pool) else None
+        async with transaction_slot(pool):
+            own = TransactionScope(
+                session, bind, self._runner.bind_arguments, lock_timeout=lock_timeout
+            )
+            async with self._ending(own), self._joining(own):
+                await own.begin()
+                yield cast("S", session)
 
     @asynccontextmanager
     async def using(self, session: AnySession | AnyScopedSession) -> AsyncIterator[None]:
@@ -88,14 +98,12 @@ class Transactions(Generic[S]):
 
         :param session: a ``Session`` or an ``AsyncSession``, or a scoped one
         :raises TypeError: if it is neither
+        :raises PendingRollbackError: if a call in the block was cancelled and the block went on
         """
         scope = Scope(_unscoped(session))
-        token = self._scope.set(scope)
-        try:
+        async with self._joining(scope):
             yield
-        finally:
-            self._scope.reset(token)
-            await scope.close()
+        scope.raise_if_cancelled()
 
     async def run_sync(
         self, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs
@@ -104,8 +112,9 @@ class Transactions(Generic[S]):
 
         With a synchronous factory it runs in a worker thread, with an asynchronous one in a
         greenlet, where it must not block by anything but the session. It is never called twice.
-        Cancelled once begun, it is finished first. In a transaction of its own, that is committed
-        when the function returns, and the objects it has loaded expire: return plain values.
+        Cancelled, it ends with the statement under way, where the driver can end that, and what it
+        has written is rolled back. In a transaction of its own, that is committed when the
+        function returns, and the objects it has loaded expire: return plain values.
 
         :param function: gets a ``Session`` and the arguments
         :raises TypeError: if the function is asynchronous
@@ -116,23 +125,95 @@ class Transactions(Generic[S]):
                 f"run_sync() takes a synchronous function: await {function.__name__}() yourself, "
                 "with the session of storage.transaction()"
             )
+        name = getattr(function, "__qualname__", repr(function))
         work: Callable[[Session], T] = lambda session: function(session, *args, **kwargs)  # noqa: E731
+        with warning_if_slow(self._slow_after, f"run_sync({name})"):
+            scope = self._scope()
+            if scope is not None:
+                with suppress(ScopeClosed):
+                    return await scope.run(work)
+            return await self._in_own_transaction(work)
+
+    async def _in_own_transaction(self, function: Callable[[Session], T]) -> T:
+        session, bind = self._runner.open()
+        async with self._runner.slot(bind, writes=True) as spare:
+            own = TransactionScope(session, bind, self._runner.bind_arguments, spare=spare)
+            async with self._ending(own):
+                return await own.run(function)
+
+    def _scope(self) -> Scope | None:
+        """Return the scope that calls join here: the innermost that is still open."""
+        scope = self._joined.get()
+        while scope is not None and not scope.is_open:
+            scope = scope.parent
+        return scope
+
+    @asynccontextmanager
+    async def _joining(self, scope: Scope) -> AsyncIterator[None]:
+        token = self._joined.set(scope)
         try:
-            return await self._join(work)
-        except ScopeClosed:
-            return await self._runner.run(work)
+            yield
+        finally:
+            self._joined.reset(token)
+            await scope.close()
 
-    async def _join(self, function: Callable[[Session], T]) -> T:
-        scope = self._scope.get()
-        if scope is None or not scope.is_open:
-            raise ScopeClosed
-        return await scope.run(function)
+    @asynccontextmanager
+    async def _ending(self, scope: TransactionScope) -> AsyncIterator[None]:
+        succeeded = False
+        try:
+            yield
+            succeeded = True
+        finally:
+            await scope.end(succeeded)
 
 
-def _end(session: Session, succeeded: bool) -> None:
-    with session:  # closing rolls back what has not been committed
-        if succeeded:
-            session.commit()
+class SessionMiddleware(BaseMiddleware):
+    """Opens :meth:`SQLAlchemyStorage.transaction` around what comes after it::
+
+        dp.update.outer_middleware(SessionMiddleware(storage))
+
+    Handlers get the session by name; their ``FSMContext`` joins its transaction. It commits when
+    the update has been dealt with, also if no handler took it, or if one raised ``SkipHandler`` or
+    ``CancelHandler``, which are decisions and no failures. Any other exception rolls back and goes
+    on to aiogram's error handlers, which then run outside the transaction.
+    """
+
+    def __init__(self, storage: Transactions[Any], name: str = "session") -> None:
+        """Remember where to open transactions.
+
+        :param storage: the storage of the dispatcher, a :class:`SQLAlchemyStorage`
+        :param name: the name by which handlers get the session
+        :raises TypeError: if the storage is not of this package
+        """
+        if not isinstance(storage, Transactions):
+            raise TypeError(f"SessionMiddleware() takes a SQLAlchemyStorage, not {storage!r}")
+        self._storage = storage
+        self._name = name
+
+    async def __call__(
+        self,
+        handler: Callable[[TelegramObject, dict[str, Any]], Awaitable[Any]],
+        event: TelegramObject,
+        data: dict[str, Any],
+    ) -> Any:
+        """Deal with an update in a transaction.
+
+        :param handler: what comes after this middleware
+        :param event: the update, or the part of it that the middleware is registered for
+        :param data: the handlers' arguments
+        :return: what the handler returns
+        """
+        others = {name: data[name] for name in (self._name,) if name in data}
+        async with self._storage.transaction() as session:
+            data[self._name] = session
+            try:
+                return await handler(event, data)
+            except (SkipHandler, CancelHandler) as error:
+                decision = error
+            finally:  # error handlers run when it is closed
+                data.pop(self._name, None)
+                data.update(others)
+        raise decision
 
 
 def _unscoped(session: AnySession | AnyScopedSession) -> AnySession:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import (
     ColumnDefault,
     ColumnElement,
+    Connection,
     Dialect,
     Executable,
     Insert,
@@ -27,9 +27,7 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.exc import IntegrityError
 
-from ._statements import Answer, Ask, Steps
-
-Run = Callable[[Ask], Steps[Answer]]
+from .results import executed
 
 
 def is_empty(column: ColumnElement[str | None]) -> ColumnElement[bool]:
@@ -64,15 +62,13 @@ def _on_update(table: Table) -> dict[str, Any]:
 class Upsert:
     """Sets one column of the row with a given id, and makes the row where there is none."""
 
-    def __init__(self, table: Table, column: str, dialect: Dialect, run: Run) -> None:
+    def __init__(self, table: Table, column: str, dialect: Dialect) -> None:
         """Build the statements.
 
         :param table: the table, with a primary key ``id``
         :param column: the name of the column to set
         :param dialect: the dialect of the database that will run them
-        :param run: runs a statement
         """
-        self._run = run
         self._always: Insert | None = None
         self._if_empty: Executable | None = None
         # MySQL counts 1 for a row inserted and for one found as it was.
@@ -107,43 +103,48 @@ class Upsert:
             filled = func.if_(is_empty(old), value, old)
             self._if_empty = row.on_duplicate_key_update({column: filled, **changes})
 
-    def set(self, row: str, value: str) -> Steps[None]:
+    def set(self, connection: Connection, row: str, value: str) -> None:
         """Set the column to a value.
 
+        :param connection: where to
         :param row: the row's id
         :param value: the new value
         """
         parameters = {"_row": row, "_value": value}
         if self._always is not None:
-            if self._updates_first and (yield from self._finds(self._update, parameters)):
-                return
-            yield from self._run(Ask(self._always, parameters))
-        elif not (yield from self._update_or_insert(self._update, parameters)):
+            if not (self._updates_first and _finds(connection, self._update, parameters)):
+                executed(connection, self._always, parameters)
+        elif not self._update_or_insert(connection, self._update, parameters):
             # Lost a race for the first write: now there is a row to update.
-            yield from self._run(Ask(self._update, parameters))
+            executed(connection, self._update, parameters)
 
-    def set_if_empty(self, row: str, value: str) -> Steps[bool]:
+    def set_if_empty(self, connection: Connection, row: str, value: str) -> bool:
         """Set the column only if it holds nothing so far.
 
+        :param connection: where to
         :param row: the row's id
         :param value: the new value
         :return: True if the value was set; False if it was not, or if the database does not tell
         """
         parameters = {"_row": row, "_value": value}
         if self._if_empty is None:
-            return (yield from self._update_or_insert(self._update_if_empty, parameters))
-        if self._updates_first and (yield from self._finds(self._update_if_empty, parameters)):
+            return self._update_or_insert(connection, self._update_if_empty, parameters)
+        if self._updates_first and _finds(connection, self._update_if_empty, parameters):
             return True
-        return (yield from self._finds(self._if_empty, parameters)) and self._tells
+        return _finds(connection, self._if_empty, parameters) and self._tells
 
-    def _update_or_insert(self, statement: Executable, parameters: dict[str, Any]) -> Steps[bool]:
-        if (yield from self._finds(statement, parameters)):
+    def _update_or_insert(
+        self, connection: Connection, statement: Executable, parameters: dict[str, Any]
+    ) -> bool:
+        if _finds(connection, statement, parameters):
             return True
         try:
-            yield from self._run(Ask(self._insert, parameters, in_savepoint=True))
+            with connection.begin_nested():
+                executed(connection, self._insert, parameters)
         except IntegrityError:
             return False
         return True
 
-    def _finds(self, statement: Executable, parameters: dict[str, Any]) -> Steps[bool]:
-        return (yield from self._run(Ask(statement, parameters))).found()
+
+def _finds(connection: Connection, statement: Executable, parameters: dict[str, Any]) -> bool:
+    return executed(connection, statement, parameters).found()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 from sqlalchemy import URL, Connection, Engine
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import SingletonThreadPool
 
 if TYPE_CHECKING:
-    from ._runners import AnySession
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+    AnySession: TypeAlias = Session | AsyncSession
 
 _ASYNC = "an async_sessionmaker"
 _PASS = "pass a sessionmaker or an async_sessionmaker (or a scoped one)"
@@ -28,17 +30,25 @@ def session_factory(factory: object) -> tuple[Callable[[], AnySession], bool]:
     maker = getattr(factory, "session_factory", factory)
     made = getattr(maker, "class_", None)
     if not isinstance(made, type) or not callable(maker):
-        raise TypeError(f"{_description(factory)} is no session factory: {_remedy(factory)}")
+        raise TypeError(f"{_description(factory)} is not a session factory: {_remedy(factory)}")
     if issubclass(made, Session):
         is_async = False
     elif _is_async_session(made):
         is_async = True
     else:
-        raise TypeError(f"{_description(factory)} makes {made.__name__}, no Session: {_PASS}")
+        raise TypeError(f"{_description(factory)} makes {made.__name__}, not a Session: {_PASS}")
     bind = getattr(maker, "kw", {}).get("bind")
     if bind is not None:
         check_bind(getattr(bind, "sync_engine", bind) if is_async else bind, is_async)
     return cast("Callable[[], AnySession]", maker), is_async
+
+
+def synchronous(session: AnySession) -> Session:
+    """Return the synchronous session that a session is or has.
+
+    :param session: a session of either kind
+    """
+    return session if isinstance(session, Session) else session.sync_session
 
 
 def check_bind(bind: object, is_async: bool) -> None:

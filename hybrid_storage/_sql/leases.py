@@ -11,6 +11,7 @@ from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
+    Connection,
     Dialect,
     Double,
     Executable,
@@ -32,74 +33,64 @@ from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
-from sqlalchemy.orm import Session
 
-from ._rows import asked
-from ._statements import Answer, Ask, CoreExecutor, Steps
-from ._upsert import telling
+from .results import executed
+from .upsert import telling
 
 
 class Leases:
     """Takes, renews and frees leases, for an owner, in seconds."""
 
-    def __init__(self, table: Table, bind_arguments: dict[str, Any]) -> None:
+    def __init__(self, table: Table) -> None:
         """Build the statements that are the same on every database.
 
         :param table: the table of locks
-        :param bind_arguments: what a session gets to choose its engine by
         """
-        self._table = table
-        self._bind_arguments = bind_arguments
+        self.table = table
         self._dialects: dict[type[Dialect], _Dialect] = {}
         mine = table.c.owner == bindparam("_owner")
         these = table.c.id.in_(bindparam("_rows", expanding=True))
         self._select_owner = select(table.c.owner).where(table.c.id == bindparam("_row"))
         self._select_mine = select(table.c.id).where(these, mine)
-        self._delete = delete(table).where(table.c.id == bindparam("_row"), mine)
+        self.delete = delete(table).where(table.c.id == bindparam("_row"), mine)
         self.renew_mine: Update = update(table).where(these, mine)
 
-    def to_write(self, session: Session) -> CoreExecutor:
-        """Return what runs statements where a session would change the table."""
-        return CoreExecutor(session.connection({**self._bind_arguments, "clause": self._delete}))
-
-    def acquire(self, database: Dialect, row: str, owner: str, lease: float) -> Steps[bool]:
+    def acquire(self, connection: Connection, row: str, owner: str, lease: float) -> bool:
         """Take a lease unless another owner has it and its time is not over.
 
         :return: whether it is the owner's now
         """
-        dialect = self._dialect(database)
+        dialect = self._dialect(connection)
         parameters = {"_row": row, "_owner": owner, "_lease": lease}
-        answer = yield from self._run(dialect.acquire, parameters)
+        result = executed(connection, dialect.acquire, parameters)
         if dialect.tells:
-            return answer.found()
-        found = yield from self._run(self._select_owner, {"_row": row})
+            return result.found()
+        found = executed(connection, self._select_owner, {"_row": row})
         return bool(found.scalar() == owner)
 
     def renew(
-        self, database: Dialect, rows: Sequence[str], owner: str, lease: float
-    ) -> Steps[set[str]]:
+        self, connection: Connection, rows: Sequence[str], owner: str, lease: float
+    ) -> set[str]:
         """Begin the time of an owner's leases anew.
 
         :return: those of the rows that are the owner's still
         """
         parameters = {"_rows": rows, "_owner": owner, "_lease": lease}
-        renewed = yield from self._run(self._dialect(database).renew, parameters)
+        renewed = executed(connection, self._dialect(connection).renew, parameters)
         if renewed.changed == len(rows):
             return set(rows)
-        found = yield from self._run(self._select_mine, {"_rows": rows, "_owner": owner})
+        found = executed(connection, self._select_mine, {"_rows": rows, "_owner": owner})
         return {row for (row,) in found.rows or ()}
 
-    def release(self, database: Dialect, row: str, owner: str) -> Steps[None]:
+    def release(self, connection: Connection, row: str, owner: str) -> None:
         """Free a lease, if it is the owner's still."""
-        yield from self._run(self._delete, {"_row": row, "_owner": owner})
+        executed(connection, self.delete, {"_row": row, "_owner": owner})
 
-    def _run(self, statement: Executable, parameters: dict[str, Any]) -> Steps[Answer]:
-        return asked(Ask(statement, parameters), self._table)
-
-    def _dialect(self, database: Dialect) -> _Dialect:
-        dialect = self._dialects.get(type(database))
+    def _dialect(self, connection: Connection) -> _Dialect:
+        kind = type(connection.dialect)
+        dialect = self._dialects.get(kind)
         if dialect is None:
-            dialect = self._dialects[type(database)] = _Dialect(self, self._table, database)
+            dialect = self._dialects[kind] = _Dialect(self, self.table, connection.dialect)
         return dialect
 
 
@@ -114,7 +105,7 @@ class _Dialect:
             "owner": bindparam("_owner"),
             "expires": expires,
         }
-        # Its own: when a call is made again after its answer was lost.
+        # The owner may acquire its own lease again: a retry after a lost response must succeed.
         free = or_(table.c.expires < now, table.c.owner == bindparam("_owner"))
         self.tells = not isinstance(dialect, MySQLDialect)
         self.acquire: Executable

@@ -1,0 +1,148 @@
+"""Cancellation: waiting for what must not be cut short, and ending a statement that waits.
+
+For the rest of ``_engine``, ``isolation.py`` and ``transactions.py``. Cancellation is asyncio's own
+(``task.cancel()``, ``asyncio.timeout()``) or that of a cancel scope of anyio's, alone or nested.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from inspect import isawaitable
+from typing import Any, TypeVar
+
+from anyio import CancelScope
+from sqlalchemy import Connection
+
+T = TypeVar("T")
+
+logger = logging.getLogger("hybrid_storage")
+
+_SERVER_ANSWERS_WITHIN = 5.0  # seconds: the limit of one request to cancel
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0  # seconds between requests to cancel
+
+
+class StatementCancelledError(Exception):
+    """The caller was cancelled: the worker must not go on to the next step."""
+
+
+class Interrupter:
+    """Ends the statement that a call waits for, and never a statement of another call.
+
+    A request to cancel reaches whatever the connection does at that moment. So the worker says
+    from when until when the connection serves this call, and a request holds the same lock.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._end: Callable[[], object] | None = None
+        self._is_requested = False
+
+    @contextmanager
+    def reaching(self, connection: Connection) -> Iterator[None]:
+        """Let requests end what a connection does in the block, and nothing that it does later.
+
+        To be left before COMMIT, and before the connection is given back.
+
+        :param connection: the connection of this call, checked out
+        :raises StatementCancelledError: if the call is cancelled before the block or in it
+        """
+        end = _end_of_statements(connection.connection.driver_connection)
+        with self._lock:
+            self._refuse_if_requested()
+            self._end = end
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._end = None
+                self._refuse_if_requested()
+
+    def _refuse_if_requested(self) -> None:
+        if self._is_requested:
+            raise StatementCancelledError
+
+    def request(self) -> object:
+        """End the statement under way, if there is one. Blocks until the server has answered."""
+        with self._lock:
+            self._is_requested = True
+            return None if self._end is None else self._end()
+
+    async def request_until(
+        self, done: asyncio.Future[Any], call: Callable[[Callable[[], object]], Awaitable[object]]
+    ) -> None:
+        """Go on requesting until a call has ended: a request between two statements ends nothing.
+
+        :param done: ends with the call
+        :param call: calls the request where it may block
+        """
+        pause = _FIRST_PAUSE
+        while not done.done():
+            try:
+                answer = await call(self.request)
+                if isawaitable(answer):
+                    await answer
+            except Exception as error:  # the server does not answer; it may the next time
+                logger.warning("could not cancel a statement: %s", error)
+            await asyncio.wait([done], timeout=pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def _end_of_statements(driver_connection: Any) -> Callable[[], object] | None:
+    """Return what ends the statement of a driver's connection, None if the driver has no way."""
+    families = {kind.__module__.partition(".")[0] for kind in type(driver_connection).__mro__}
+    if "psycopg" in families:
+        if hasattr(driver_connection, "cancel_safe"):  # since psycopg 3.2
+            return lambda: driver_connection.cancel_safe(timeout=_SERVER_ANSWERS_WITHIN)
+        return lambda: driver_connection.cancel()
+    if "psycopg2" in families:
+        return lambda: driver_connection.cancel()
+    if families & {"sqlite3", "aiosqlite"}:
+        return lambda: driver_connection.interrupt()
+    return None
+
+
+async def run_to_completion(coroutine: Awaitable[T], interrupter: Interrupter | None = None) -> T:
+    """Run an awaitable to completion even if the caller is cancelled, then re-raise.
+
+    :param coroutine: runs in a task of its own
+    :param interrupter: ends the awaitable's statements if the caller is cancelled
+    :return: what the awaitable returns
+    """
+    task = asyncio.ensure_future(coroutine)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError as cancelled:
+        cancellation = cancelled  # of the caller, or of the awaitable itself
+    # Outside of the except block: before Python 3.11, anyio tells its own cancellations from those
+    # of others by the exception's context.
+    if interrupter is not None:
+        await wait_until_done(interrupter.request_until(task, _at_once))
+    await wait_until_done(task)
+    raise cancellation
+
+
+async def _at_once(request: Callable[[], object]) -> object:
+    return request()
+
+
+async def wait_until_done(awaitable: Awaitable[Any]) -> None:
+    """Wait until something has ended, however often the caller is cancelled, then re-raise that.
+
+    :param awaitable: its result is dropped, and its exception too
+    """
+    future = asyncio.ensure_future(awaitable)
+    cancellation: asyncio.CancelledError | None = None
+    with CancelScope(shield=True):  # anyio repeats its cancellation in each turn of the loop
+        while not future.done():
+            try:
+                await asyncio.wait([future])
+            except asyncio.CancelledError as cancelled:
+                cancellation = cancelled
+    if not future.cancelled():
+        future.exception()  # retrieved, or asyncio logs that nobody did
+    if cancellation is not None:
+        raise cancellation

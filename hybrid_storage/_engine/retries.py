@@ -1,0 +1,82 @@
+"""Rides out what passes: a server that restarts, a deadlock, a database that is busy.
+
+And says so in the log, as it does of a call that waits for long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from contextvars import Context
+from typing import TypeVar
+
+from tenacity import (
+    AsyncRetrying,
+    retry_if_exception,
+    stop_before_delay,
+    wait_random_exponential,
+)
+
+from .errors import in_short, is_transient
+
+T = TypeVar("T")
+
+logger = logging.getLogger("hybrid_storage")
+
+
+async def with_retries(call: Callable[[], Awaitable[T]], seconds: float, what: object) -> T:
+    """Call until it succeeds, fails for good, or the time is over.
+
+    :param call: the call, which may be made again after it has failed
+    :param seconds: how many seconds to go on after the first failure; 0 makes one call
+    :param what: what is being done, for the log
+    :return: what the call returns
+    """
+    began = time.monotonic()
+    try:
+        return await call()
+    except Exception as error:
+        left = seconds - (time.monotonic() - began)
+        if left <= 0 or not is_transient(error):
+            raise
+        logger.warning("%s failed, trying again for %.0f s: %s", what, left, in_short(error))
+    # Pauses of up to 50 ms, 100 ms, ... 2 s, of random length: those who failed together
+    # do not come back together.
+    retrying = AsyncRetrying(
+        retry=retry_if_exception(is_transient),
+        wait=wait_random_exponential(multiplier=0.05, max=2),
+        stop=stop_before_delay(left),
+        reraise=True,
+    )
+    async for attempt in retrying:
+        with attempt:
+            return await call()
+    raise AssertionError("tenacity returns or raises")
+
+
+@contextmanager
+def warning_if_slow(seconds: float, what: object) -> Iterator[None]:
+    """Log one warning if the block takes longer, while it is still at it.
+
+    :param seconds: how many seconds may pass in silence
+    :param what: what is being done
+    """
+    # In a context of its own: a timer is not to keep what the caller's context holds.
+    timer = asyncio.get_running_loop().call_later(seconds, _warn, seconds, what, context=Context())
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _warn(seconds: float, what: object) -> None:
+    logger.warning(
+        "%s has been waiting for %g s. Another transaction may hold the row (in SQLite, the file), "
+        "such as a session of your application with uncommitted changes: commit it, or call the "
+        "storage inside `async with storage.using(session)`",
+        what,
+        seconds,
+    )

@@ -1,0 +1,279 @@
+"""Slots: no more calls at a time use a pool than it keeps connections for.
+
+Whoever waits here waits without a thread and without the pool's time-out, and can be cancelled.
+Only what a pool says of itself in public counts, so the slots are ``pool_size``; the overflow is
+left to the application.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import TypeAlias
+from weakref import ReferenceType, WeakKeyDictionary, ref
+
+from anyio import CapacityLimiter, WouldBlock, move_on_after
+from sqlalchemy import Connection, Engine, Pool
+from sqlalchemy.dialects.sqlite.base import SQLiteDialect
+from sqlalchemy.pool import AssertionPool, QueuePool, StaticPool
+
+Bind: TypeAlias = Engine | Connection
+
+_UNLIMITED = 40  # calls at a time on a pool that sets no limit of its own
+_HEARTBEAT_WAITS = 1.0  # seconds for the turn of a heartbeat, before SQLite decides whose it is
+PARENT_WAIT = 10.0  # seconds for what a transaction of the same task, or of its parents, may hold
+WAITS_FOR_PARENT = (
+    "waited {:g} s for what an open transaction of this task or of its parent task holds: open one "
+    "transaction for both, or pass its session and call inside `storage.using(session)`"
+)
+
+_locks: WeakKeyDictionary[Pool | Connection, threading.Lock] = WeakKeyDictionary()
+_guard = threading.Lock()
+
+
+class PoolState:
+    """What the calls of one event loop to one pool share, by whatever storage."""
+
+    def __init__(self, bind: Bind) -> None:
+        """Make as many slots as the pool keeps connections.
+
+        :param bind: the engine, or the connection, that the calls will use
+        """
+        size = pool_size(bind)
+        self.is_shared = is_shared(bind)
+        self.calls = CapacityLimiter(size)
+        # Calls outside a transaction must go on meanwhile, unless they share its connection.
+        self.transactions = self.calls if self.is_shared else CapacityLimiter(size)
+        self.heartbeats = self.calls if self.is_shared else CapacityLimiter(1)
+        self.spares = CapacityLimiter(1)
+        self.writers = CapacityLimiter(1) if isinstance(bind.dialect, SQLiteDialect) else None
+        self.calls_in_pool = 0
+        self.open_transactions: set[object] = set()
+
+    def call(self, writes: bool, limiter: CapacityLimiter | None) -> Slot:
+        """Return a slot for a call.
+
+        :param writes: whether it writes; SQLite takes one writer at a time
+        :param limiter: what to use in place of the pool's own limit
+        """
+        # Writers would otherwise sleep in SQLite's busy handler, which wakes up far too late. Not
+        # behind a transaction of their own task, which may not have written yet.
+        queues = writes and self.writers is not None and not is_held_by_parent(self)
+        writers = [self.writers] if queues and self.writers is not None else []
+        calls = [self.calls] if limiter is None or self.is_shared else []
+        return Slot(*writers, *([] if limiter is None else [of_this_loop(limiter)]), *calls)
+
+    def transaction(self) -> Slot:
+        """Return a slot to hold a connection for the time of a handler."""
+        return Slot(*([] if self.writers is None else [self.writers]), self.transactions)
+
+    @contextmanager
+    def counted_call(self) -> Iterator[None]:
+        """Count a call that will give its connection back soon."""
+        self.calls_in_pool += 1
+        try:
+            yield
+        finally:
+            self.calls_in_pool -= 1
+
+    @asynccontextmanager
+    async def heartbeat(self) -> AsyncIterator[None]:
+        """Hold a slot that other calls never wait in, however many there are."""
+        async with Slot(self.heartbeats):
+            turn = Slot(*([] if self.writers is None else [self.writers]))
+            with move_on_after(_HEARTBEAT_WAITS):
+                await turn.acquire()
+            try:
+                yield
+            finally:
+                turn.release()
+
+    def are_connections_taken(self, bind: Bind, *, by_calls_too: bool = False) -> bool:
+        """Tell whether handlers hold all connections that the pool keeps.
+
+        A handler that holds one while it waits for a call would wait for ever if that call waited
+        for the handler's connection.
+
+        :param bind: the engine, or the connection, that the call will use
+        :param by_calls_too: whether those of calls count, which will be given back soon
+        """
+        if isinstance(bind, Connection) or not isinstance(bind.pool, QueuePool):
+            return False
+        size = bind.pool.size()
+        held = bind.pool.checkedout() - (0 if by_calls_too else self.calls_in_pool)
+        return 0 < size <= held
+
+
+# No state refers to its event loop or its pool: it goes when nobody else has them.
+_states: WeakKeyDictionary[
+    asyncio.AbstractEventLoop, WeakKeyDictionary[Pool | Connection, PoolState]
+] = WeakKeyDictionary()
+_limiters: WeakKeyDictionary[
+    asyncio.AbstractEventLoop, WeakKeyDictionary[CapacityLimiter, CapacityLimiter]
+] = WeakKeyDictionary()
+_first_loops: WeakKeyDictionary[CapacityLimiter, ReferenceType[asyncio.AbstractEventLoop]]
+_first_loops = WeakKeyDictionary()
+
+
+def pool_state(bind: Bind) -> PoolState:
+    """Return the state of a pool in the running event loop.
+
+    :param bind: the engine, or the connection, that a call will use
+    """
+    loop = asyncio.get_running_loop()
+    try:
+        return _states[loop][_resource(bind)]
+    except KeyError:
+        with _guard:
+            of_loop = _states.setdefault(loop, WeakKeyDictionary())
+        return of_loop.setdefault(_resource(bind), PoolState(bind))
+
+
+def of_this_loop(limiter: CapacityLimiter) -> CapacityLimiter:
+    """Return the limiter to use in the running event loop: anyio's serve one loop only.
+
+    :param limiter: a limiter of the application's; other loops get one of the same size each
+    """
+    loop = asyncio.get_running_loop()
+    with _guard:
+        first = _first_loops.get(limiter)
+        first_loop = None if first is None else first()
+        if first_loop is None or first_loop.is_closed():
+            _first_loops[limiter] = ref(loop)
+            return limiter
+        if first_loop is loop:
+            return limiter
+        of_loop = _limiters.setdefault(loop, WeakKeyDictionary())
+        return of_loop.setdefault(limiter, CapacityLimiter(limiter.total_tokens))
+
+
+class Slot:
+    """An async context manager that waits for a token of each limiter, and keeps them."""
+
+    def __init__(self, *limiters: CapacityLimiter) -> None:
+        """Remember where to wait.
+
+        :param limiters: each of which gives one token, in this order
+        """
+        self._limiters = limiters
+        self._taken = 0
+
+    async def acquire(self) -> None:
+        """Wait for the tokens. Cancelled, it keeps none."""
+        try:
+            for limiter in self._limiters:
+                # On behalf of this slot, not of the task: that may hold a token of the
+                # application's limiter already.
+                if not _takes_at_once(limiter, self):
+                    await limiter.acquire_on_behalf_of(self)
+                self._taken += 1
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Give the tokens back."""
+        for limiter in self._limiters[: self._taken]:
+            limiter.release_on_behalf_of(self)
+        self._taken = 0
+
+    async def __aenter__(self) -> None:
+        await self.acquire()
+
+    async def __aexit__(self, *_: object) -> None:
+        self.release()
+
+
+def _takes_at_once(limiter: CapacityLimiter, borrower: object) -> bool:
+    try:
+        limiter.acquire_on_behalf_of_nowait(borrower)
+    except WouldBlock:
+        return False
+    return True
+
+
+# The transactions that the running task and its parents have open.
+_transactions: ContextVar[tuple[object, ...]] = ContextVar("transactions", default=())
+
+
+def is_held_by_parent(pool: PoolState) -> bool:
+    """Tell whether this task, or a parent of it, has a transaction open on a pool.
+
+    :param pool: the state of the pool
+    """
+    return any(each in pool.open_transactions for each in _transactions.get())
+
+
+async def acquired(slot: Slot, pool: PoolState) -> None:
+    """Wait for a slot, with a limit where it may be waiting for its own task.
+
+    :param slot: the slot
+    :param pool: the state of its pool
+    :raises RuntimeError: if a transaction of this task, or of its parents, holds it for too long
+    """
+    if not is_held_by_parent(pool):
+        await slot.acquire()
+        return
+    with move_on_after(PARENT_WAIT) as limit:
+        await slot.acquire()
+    if limit.cancelled_caught:
+        raise RuntimeError(WAITS_FOR_PARENT.format(PARENT_WAIT))
+
+
+@asynccontextmanager
+async def transaction_slot(pool: PoolState) -> AsyncIterator[None]:
+    """Hold the slot of a transaction, known to the calls of this task and of its children.
+
+    :param pool: the state of its pool
+    :raises RuntimeError: if a transaction of this task, or of its parents, holds it for too long
+    """
+    slot = pool.transaction()
+    await acquired(slot, pool)
+    this = object()
+    pool.open_transactions.add(this)
+    token = _transactions.set((*_transactions.get(), this))
+    try:
+        yield
+    finally:
+        _transactions.reset(token)
+        pool.open_transactions.discard(this)
+        slot.release()
+
+
+def exclusive(bind: Bind) -> AbstractContextManager[object]:
+    """Keep other threads off a connection that all threads share.
+
+    :param bind: the engine, or the connection, that the call will use
+    :return: a context manager to hold while using it
+    """
+    if bind.dialect.is_async or not is_shared(bind):
+        return nullcontext()
+    with _guard:
+        return _locks.setdefault(_resource(bind), threading.Lock())
+
+
+def pool_size(bind: Bind) -> int:
+    """Return how many calls at a time a bind can serve without opening further connections.
+
+    :param bind: an engine or a connection
+    """
+    if is_shared(bind):
+        return 1
+    pool = bind.engine.pool
+    # pool_size=0 is SQLAlchemy's way to set no limit.
+    return (isinstance(pool, QueuePool) and pool.size()) or _UNLIMITED
+
+
+def is_shared(bind: Bind) -> bool:
+    """Tell whether all calls, and the application's, use the same connection.
+
+    :param bind: an engine or a connection
+    """
+    return isinstance(bind, Connection) or isinstance(bind.pool, (StaticPool, AssertionPool))
+
+
+def _resource(bind: Bind) -> Pool | Connection:
+    return bind if isinstance(bind, Connection) else bind.pool

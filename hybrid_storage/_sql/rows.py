@@ -1,0 +1,176 @@
+"""Every statement on the table of conversations: text in, text out.
+
+Each operation is a function of a ``Connection``. For ``operations.py`` and ``storage.py``.
+
+Each operation is one statement, or statements that end well however they are interleaved with
+those of others. So it is right under AUTOCOMMIT, where PostgreSQL needs one round trip a
+statement, and right inside a transaction, be it the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+from sqlalchemy import (
+    Connection,
+    Dialect,
+    Executable,
+    LargeBinary,
+    Table,
+    Update,
+    bindparam,
+    delete,
+    select,
+    update,
+)
+from sqlalchemy import cast as sql_cast
+from sqlalchemy.dialects.mysql.base import MySQLDialect
+from sqlalchemy.dialects.sqlite.base import SQLiteDialect
+from sqlalchemy.orm.exc import StaleDataError
+
+from .limits import Limits
+from .results import executed
+from .upsert import Upsert, is_empty, telling
+
+_ATTEMPTS = 1000  # of one update_data(), before it gives up
+
+
+class Rows:
+    """The reads and writes on one table."""
+
+    def __init__(self, table: Table) -> None:
+        """Build the statements that are the same on every database.
+
+        :param table: the table, with the columns of ``FSMData``
+        """
+        self.table = table
+        self._dialects: dict[type[Dialect], _Dialect] = {}
+        this_row = table.c.id == bindparam("_row")
+        self._select_state = select(table.c.state).where(this_row)
+        self.select_data = select(table.c.data).where(this_row)
+        self._select_data_locked = self.select_data.with_for_update()
+        self._touch = update(table).where(this_row).values(id=table.c.id)
+        self.unset_state: Update = update(table).where(this_row).values(state=None)
+        self.unset_data: Update = update(table).where(this_row).values(data="")
+        self.replace_data: Update = update(table).where(this_row).values(data=bindparam("_value"))
+        self._delete = delete(table).where(this_row)
+        self._delete_empty = self._delete.where(table.c.state.is_(None), is_empty(table.c.data))
+
+    def get_state(self, connection: Connection, row: str) -> str | None:
+        """Return the state, None if there is none."""
+        return self._read(connection, self._select_state, row)
+
+    def get_data(self, connection: Connection, row: str) -> str | None:
+        """Return the data's text, None or an empty string if there is none."""
+        return self._read(connection, self.select_data, row)
+
+    def set_state(self, connection: Connection, row: str, state: str | None) -> None:
+        """Set the state; None removes it, and the row with it if there is no data."""
+        dialect = self._dialect(connection)
+        dialect.limits.check(connection, row, state)
+        if state is not None:
+            dialect.state.set(connection, row, state)
+        else:
+            self._unset(connection, dialect.unset_state, row)
+
+    def set_data(self, connection: Connection, row: str, data: str) -> None:
+        """Set the data; an empty string removes it, and the row with it if there is no state."""
+        dialect = self._dialect(connection)
+        dialect.limits.check(connection, row, data)
+        if data:
+            dialect.data.set(connection, row, data)
+        else:
+            self._unset(connection, dialect.unset_data, row)
+
+    def clear(self, connection: Connection, row: str) -> None:
+        """Remove the row."""
+        self._dialect(connection).limits.check_text(row)
+        executed(connection, self._delete, {"_row": row})
+
+    def update_data(
+        self, connection: Connection, row: str, merge: Callable[[str | None], str]
+    ) -> None:
+        """Replace the data by what ``merge`` makes of it: read, then compare-and-set.
+
+        :param connection: where to
+        :param row: the row's id
+        :param merge: gets the stored text and returns the new one; called again after a conflict
+        :raises StaleDataError: if the row changed under every one of a great many attempts
+        """
+        dialect = self._dialect(connection)
+        dialect.limits.check(connection, row)
+        if dialect.locks_by_writing:
+            # SQLite: a transaction that reads first and writes later fails if another wrote
+            # in between; one that begins with a write holds the lock by the time it reads.
+            executed(connection, self._touch, {"_row": row})
+        old = self._read(connection, self.select_data, row)
+        for _ in range(_ATTEMPTS):
+            new = merge(old)
+            # What is there already was stored by this call (MySQL does not tell) or by its equal.
+            if new == old or self._compare_and_set(connection, row, old, new):
+                return
+            # Inside a transaction this reads the latest row, whatever the isolation level showed
+            # so far, and locks it: the next attempt succeeds.
+            old = self._read(connection, self._select_data_locked, row)
+        raise StaleDataError(
+            f"the data of {row!r} in table {self.table.fullname!r} changed under each of "
+            f"{_ATTEMPTS} attempts to update it: write to this key less often"
+        )
+
+    def _read(self, connection: Connection, statement: Executable, row: str) -> str | None:
+        self._dialect(connection).limits.check_text(row)
+        return cast("str | None", executed(connection, statement, {"_row": row}).scalar())
+
+    def _unset(self, connection: Connection, statement: Executable, row: str) -> None:
+        # First the column, then the row if nothing is left in it. The other way round, two
+        # clients that unset one column each would both find the other's, and leave an empty row.
+        result = executed(connection, statement, {"_row": row})
+        if result.rows is None:
+            may_be_empty = result.found()
+        else:  # of the other column
+            may_be_empty = any(not rest for (rest,) in result.rows)
+        if may_be_empty:
+            executed(connection, self._delete_empty, {"_row": row})
+
+    def _compare_and_set(self, connection: Connection, row: str, old: str | None, new: str) -> bool:
+        dialect = self._dialect(connection)
+        dialect.limits.check(connection, row, new, old)
+        if not old:
+            return dialect.data.set_if_empty(connection, row, new)
+        parameters = {"_row": row, "_old": dialect.comparable(old), "_value": new}
+        return executed(connection, dialect.compare_and_set, parameters).found()
+
+    def _dialect(self, connection: Connection) -> _Dialect:
+        kind = type(connection.dialect)
+        dialect = self._dialects.get(kind)
+        if dialect is None:
+            dialect = self._dialects[kind] = _Dialect(self, connection.dialect)
+        return dialect
+
+
+class _Dialect:
+    """What differs from one kind of database to another."""
+
+    def __init__(self, rows: Rows, dialect: Dialect) -> None:
+        data = rows.table.c.data
+        self.limits = Limits(rows.table, dialect)
+        self.locks_by_writing = isinstance(dialect, SQLiteDialect)
+        self._by_bytes = isinstance(dialect, MySQLDialect)
+        self.state = Upsert(rows.table, "state", dialect)
+        self.data = Upsert(rows.table, "data", dialect)
+        self.unset_state: Executable = rows.unset_state
+        self.unset_data: Executable = rows.unset_data
+        if dialect.update_returning:
+            self.unset_state = rows.unset_state.returning(data)
+            self.unset_data = rows.unset_data.returning(rows.table.c.state)
+        # MySQL's "=" goes by the collation, which may ignore case and trailing blanks.
+        unchanged = (
+            sql_cast(data, LargeBinary) == bindparam("_old", type_=LargeBinary)
+            if self._by_bytes
+            else data == bindparam("_old")
+        )
+        self.compare_and_set = telling(rows.replace_data.where(unchanged), rows.table, dialect)
+
+    def comparable(self, text: str) -> str | bytes:
+        return text.encode() if self._by_bytes else text
