@@ -31,7 +31,6 @@ class Codec:
     def row(self, key: StorageKey) -> str:
         """Return the id of a key's row.
 
-        :param key: the conversation's key
         :raises TypeError: if the key builder returns something that is no text
         :raises ValueError: if the text has no UTF-8 form
         """
@@ -40,7 +39,6 @@ class Codec:
     def state(self, state: StateType) -> str | None:
         """Return a state's name, None for no state.
 
-        :param state: a state, its name or None
         :raises TypeError: if it is none of these
         :raises ValueError: if the name has no UTF-8 form
         """
@@ -56,7 +54,6 @@ class Codec:
     def dump(self, data: Mapping[str, Any]) -> str:
         """Return the data's text, an empty one for empty data.
 
-        :param data: the data, as a mapping
         :raises DataNotDictLikeError: if it is no mapping
         :raises ValueError: if the text has no UTF-8 form; whatever ``json_dumps`` raises
         """
@@ -82,8 +79,6 @@ class Codec:
     def load(self, key: StorageKey, text: str | None) -> dict[str, Any]:
         """Return the data that a text stands for.
 
-        :param key: the conversation's key, for the error
-        :param text: what the row holds
         :raises CorruptDataError: if it is not the text of a JSON object
         """
         if not text:
@@ -107,12 +102,7 @@ class Merge:
     """Applies changes to a stored text."""
 
     def __init__(self, codec: Codec, key: StorageKey, changes: str) -> None:
-        """Remember the changes, to be applied as ``dict.update`` does.
-
-        :param codec: translates the texts
-        :param key: the conversation's key, for errors
-        :param changes: the text of the changes
-        """
+        """Remember the changes, to be applied as ``dict.update`` does."""
         self._codec = codec
         self._key = key
         self._changes = changes
@@ -120,10 +110,7 @@ class Merge:
         """What the text last returned stands for."""
 
     def __call__(self, text: str | None) -> str:
-        """Return the text that replaces another.
-
-        :param text: what the row holds
-        """
+        """Return the text that replaces another."""
         # Parsed anew each time: nothing of the caller's own objects gets into the result.
         self.data = {
             **self._codec.load(self._key, text),

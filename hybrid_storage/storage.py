@@ -7,26 +7,17 @@ import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from aiogram.fsm.storage.base import BaseStorage, KeyBuilder, StateType, StorageKey
 from anyio import CapacityLimiter
-from sqlalchemy import (
-    URL,
-    Engine,
-    MetaData,
-    Table,
-    create_engine,
-    inspect,
-    make_url,
-)
+from sqlalchemy import URL, Engine, MetaData, Table, inspect
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
-from sqlalchemy.orm import sessionmaker as sync_sessionmaker
 
 from ._codec import Codec, JsonDumps, JsonLoads
 from ._engine.errors import is_transient
-from ._engine.factories import session_factory
+from ._engine.factories import SessionFactory, engine_and_factory, session_factory
 from ._engine.retries import warning_if_slow, with_retries
 from ._engine.runner import Call, Runner
 from ._engine.scopes import ScopeClosed
@@ -40,19 +31,7 @@ from .operations import Calls, Operations
 from .transactions import S, Transactions
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import (
-        AsyncEngine,
-        async_scoped_session,
-        async_sessionmaker,
-    )
-    from sqlalchemy.orm import scoped_session
-
-    SessionFactory: TypeAlias = (
-        sync_sessionmaker[Any]
-        | scoped_session[Any]
-        | async_sessionmaker[Any]
-        | async_scoped_session[Any]
-    )
+    from ._engine.factories import AnyEngine
 
 T = TypeVar("T")
 
@@ -77,10 +56,9 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
     operations: Operations
     """The same operations for a session of your own, without ``await``."""
 
-    @overload
     def __init__(
         self,
-        sessionmaker: SessionFactory,
+        sessionmaker: SessionFactory[S] | None = None,
         metadata: MetaData | type[HasMetaData] | None = None,
         table_name: str | type[FSMData] = "aiogram_fsm_data",
         key_builder: KeyBuilder | None = None,
@@ -90,31 +68,7 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
         limiter: CapacityLimiter | None = None,
         retry_for: float = RETRY_FOR,
         slow_after: float = SLOW_AFTER,
-    ) -> None: ...
-    @overload
-    def __init__(
-        self,
-        *,
-        session: SessionFactory,
-        base: MetaData | type[HasMetaData] | None = None,
-        table_name: str | type[FSMData] = "aiogram_fsm_data",
-        key_builder: KeyBuilder | None = None,
-        json_dumps: JsonDumps = json.dumps,
-        json_loads: JsonLoads = json.loads,
-    ) -> None: ...
-    def __init__(
-        self,
-        sessionmaker: SessionFactory | None = None,
-        metadata: MetaData | type[HasMetaData] | None = None,
-        table_name: str | type[FSMData] = "aiogram_fsm_data",
-        key_builder: KeyBuilder | None = None,
-        json_dumps: JsonDumps = json.dumps,
-        json_loads: JsonLoads = json.loads,
-        *,
-        limiter: CapacityLimiter | None = None,
-        retry_for: float = RETRY_FOR,
-        slow_after: float = SLOW_AFTER,
-        session: SessionFactory | None = None,
+        session: SessionFactory[S] | None = None,
         base: MetaData | type[HasMetaData] | None = None,
     ) -> None:
         """Declare the table on the metadata; nothing is sent to the database yet.
@@ -166,7 +120,7 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
             Runner(*session_factory(factory), self._calls.bind_arguments, limiter), slow_after
         )
         self._retry_for = retry_for
-        self._owned: Engine | AsyncEngine | None = None
+        self._owned: AnyEngine | None = None
 
     @classmethod
     def from_url(
@@ -182,7 +136,7 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
         retry_for: float = RETRY_FOR,
         slow_after: float = SLOW_AFTER,
         **engine_options: Any,
-    ) -> SQLAlchemyStorage:
+    ) -> SQLAlchemyStorage[Any]:
         """Make a storage with an engine of its own, which :meth:`close` disposes.
 
         :param url: the database, by a synchronous or an asynchronous driver
@@ -190,17 +144,7 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
             other parameters see the class
         :return: the storage
         """
-        url = make_url(url)
-        engine: Engine | AsyncEngine
-        factory: SessionFactory
-        if url.get_dialect().is_async:
-            from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
-
-            engine = create_async_engine(url, **engine_options)
-            factory = async_sessionmaker(engine)
-        else:
-            engine = create_engine(url, **engine_options)
-            factory = sync_sessionmaker(engine)
+        engine, factory = engine_and_factory(url, engine_options)
         storage = cls(
             factory,
             metadata,
@@ -305,20 +249,6 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
         :raises ValueError: if the database cannot hold it; or whatever ``json_dumps`` raises
         """
         await self._execute(self._calls.set_data(key, data))
-
-    @overload
-    async def get_value(self, storage_key: StorageKey, dict_key: str) -> Any | None: ...
-    @overload
-    async def get_value(self, storage_key: StorageKey, dict_key: str, default: Any) -> Any: ...
-    async def get_value(self, storage_key: StorageKey, dict_key: str, default: Any = None) -> Any:
-        """Return one field of a conversation's data.
-
-        :param storage_key: the conversation's key
-        :param dict_key: the field's name
-        :param default: returned where there is no such field
-        :raises CorruptDataError: if the row's data is not the JSON text of an object
-        """
-        return (await self.get_data(storage_key)).get(dict_key, default)
 
     async def update_data(self, key: StorageKey, data: Mapping[str, Any]) -> dict[str, Any]:
         """Change fields of a conversation's data, losing none that others change meanwhile.

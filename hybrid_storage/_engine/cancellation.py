@@ -38,7 +38,7 @@ class Interrupter:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._end: Callable[[], object] | None = None
+        self._driver_connection: Any = None
         self._is_requested = False
 
     @contextmanager
@@ -47,18 +47,16 @@ class Interrupter:
 
         To be left before COMMIT, and before the connection is given back.
 
-        :param connection: the connection of this call, checked out
         :raises StatementCancelledError: if the call is cancelled before the block or in it
         """
-        end = _end_of_statements(connection.connection.driver_connection)
         with self._lock:
             self._refuse_if_requested()
-            self._end = end
+            self._driver_connection = connection.connection.driver_connection
         try:
             yield
         finally:
             with self._lock:
-                self._end = None
+                self._driver_connection = None
                 self._refuse_if_requested()
 
     def _refuse_if_requested(self) -> None:
@@ -69,16 +67,12 @@ class Interrupter:
         """End the statement under way, if there is one. Blocks until the server has answered."""
         with self._lock:
             self._is_requested = True
-            return None if self._end is None else self._end()
+            return _end_statement(self._driver_connection)
 
     async def request_until(
         self, done: asyncio.Future[Any], call: Callable[[Callable[[], object]], Awaitable[object]]
     ) -> None:
-        """Go on requesting until a call has ended: a request between two statements ends nothing.
-
-        :param done: ends with the call
-        :param call: calls the request where it may block
-        """
+        """Go on requesting until a call has ended: one between two statements ends nothing."""
         pause = _FIRST_PAUSE
         while not done.done():
             try:
@@ -91,27 +85,20 @@ class Interrupter:
             pause = min(2 * pause, _LONGEST_PAUSE)
 
 
-def _end_of_statements(driver_connection: Any) -> Callable[[], object] | None:
-    """Return what ends the statement of a driver's connection, None if the driver has no way."""
+def _end_statement(driver_connection: Any) -> object:
+    """End the statement of a driver's connection, if the driver has a way to."""
     families = {kind.__module__.partition(".")[0] for kind in type(driver_connection).__mro__}
-    if "psycopg" in families:
-        if hasattr(driver_connection, "cancel_safe"):  # since psycopg 3.2
-            return lambda: driver_connection.cancel_safe(timeout=_SERVER_ANSWERS_WITHIN)
-        return lambda: driver_connection.cancel()
-    if "psycopg2" in families:
-        return lambda: driver_connection.cancel()
     if families & {"sqlite3", "aiosqlite"}:
-        return lambda: driver_connection.interrupt()
+        return driver_connection.interrupt()
+    if "psycopg" in families and hasattr(driver_connection, "cancel_safe"):  # since psycopg 3.2
+        return driver_connection.cancel_safe(timeout=_SERVER_ANSWERS_WITHIN)
+    if families & {"psycopg", "psycopg2"}:
+        return driver_connection.cancel()
     return None
 
 
 async def run_to_completion(coroutine: Awaitable[T], interrupter: Interrupter | None = None) -> T:
-    """Run an awaitable to completion even if the caller is cancelled, then re-raise.
-
-    :param coroutine: runs in a task of its own
-    :param interrupter: ends the awaitable's statements if the caller is cancelled
-    :return: what the awaitable returns
-    """
+    """Run an awaitable to completion even if the caller is cancelled, then re-raise."""
     task = asyncio.ensure_future(coroutine)
     try:
         return await asyncio.shield(task)
@@ -130,10 +117,7 @@ async def _at_once(request: Callable[[], object]) -> object:
 
 
 async def wait_until_done(awaitable: Awaitable[Any]) -> None:
-    """Wait until something has ended, however often the caller is cancelled, then re-raise that.
-
-    :param awaitable: its result is dropped, and its exception too
-    """
+    """Wait until something has ended, however often the caller is cancelled, then re-raise that."""
     future = asyncio.ensure_future(awaitable)
     cancellation: asyncio.CancelledError | None = None
     with CancelScope(shield=True):  # anyio repeats its cancellation in each turn of the loop

@@ -81,34 +81,22 @@ _OF_THE_SERVER = ":  "  # libpq writes two blanks after the severity, in every l
 
 
 def is_missing_table(error: DBAPIError) -> bool:
-    """Tell whether a statement failed because its table is not there.
-
-    :param error: the error, as SQLAlchemy wraps it
-    """
+    """Tell whether a statement failed because its table is not there."""
     return _is_about(error, _MISSING_TABLE, _MISSING_TABLE_IN_SQLITE)
 
 
 def is_missing_column(error: DBAPIError) -> bool:
-    """Tell whether a statement failed because a column of its table is not there.
-
-    :param error: the error, as SQLAlchemy wraps it
-    """
+    """Tell whether a statement failed because a column of its table is not there."""
     return _is_about(error, _MISSING_COLUMN, _MISSING_COLUMN_IN_SQLITE)
 
 
 def is_misplaced_statement(error: DBAPIError) -> bool:
-    """Tell whether a pooler sent a prepared statement to another server than it was prepared on.
-
-    :param error: the error, as SQLAlchemy wraps it
-    """
+    """Tell whether a pooler sent a prepared statement to another server than it was prepared on."""
     return _sqlstate(error) in _MISPLACED_STATEMENT
 
 
 def is_lock_timeout(error: DBAPIError) -> bool:
-    """Tell whether a statement has waited for a lock for as long as it may.
-
-    :param error: the error, as SQLAlchemy wraps it
-    """
+    """Tell whether a statement has waited for a lock for as long as it may."""
     return _is_about(error, _LOCK_TIMEOUT, _BUSY_IN_SQLITE)
 
 
@@ -118,8 +106,6 @@ def is_transient(error: BaseException) -> bool:
     It may after a dropped connection, while a server restarts, after a deadlock, a serialization
     failure or a lock timeout, and where SQLite or a pool is busy. It may not where the statement,
     the data, the permissions, the password or the host's name are wrong.
-
-    :param error: what the call raised
     """
     if _has_unknown_host(error):
         return False
@@ -132,10 +118,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def in_short(error: BaseException) -> str:
-    """Return an error's first line for the log, without the statement and its parameters.
-
-    :param error: the error
-    """
+    """Return an error's first line for the log, without the statement and its parameters."""
     cause = getattr(error, "orig", None) or error
     return f"{type(cause).__name__}: {cause}".split("\n")[0]
 

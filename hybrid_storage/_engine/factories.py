@@ -4,16 +4,40 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, cast
 
-from sqlalchemy import URL, Connection, Engine
-from sqlalchemy.orm import Session
+from sqlalchemy import URL, Connection, Engine, create_engine, make_url
+from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import SingletonThreadPool
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncSession
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
     AnySession: TypeAlias = Session | AsyncSession
+    AnyEngine: TypeAlias = Engine | AsyncEngine
+
+S_co = TypeVar("S_co", covariant=True)
+
+
+class _Maker(Protocol[S_co]):
+    """A ``sessionmaker`` or an ``async_sessionmaker``."""
+
+    @property
+    def class_(self) -> type[S_co]: ...
+
+    def __call__(self, **kw: Any) -> S_co: ...
+
+
+class _Scoped(Protocol[S_co]):
+    """A ``scoped_session`` or an ``async_scoped_session``."""
+
+    @property
+    def session_factory(self) -> Any: ...
+
+    def __call__(self, **kw: Any) -> S_co: ...
+
+
+SessionFactory: TypeAlias = _Maker[S_co] | _Scoped[S_co]
 
 _ASYNC = "an async_sessionmaker"
 _PASS = "pass a sessionmaker or an async_sessionmaker (or a scoped one)"
@@ -22,7 +46,6 @@ _PASS = "pass a sessionmaker or an async_sessionmaker (or a scoped one)"
 def session_factory(factory: object) -> tuple[Callable[[], AnySession], bool]:
     """Return the factory to use, and whether it makes asynchronous sessions.
 
-    :param factory: a ``sessionmaker`` or an ``async_sessionmaker``, scoped or not
     :raises TypeError: if it is anything else, or bound to an engine of the other kind
     :raises ValueError: if its engine's pool cannot serve several threads
     """
@@ -43,19 +66,26 @@ def session_factory(factory: object) -> tuple[Callable[[], AnySession], bool]:
     return cast("Callable[[], AnySession]", maker), is_async
 
 
-def synchronous(session: AnySession) -> Session:
-    """Return the synchronous session that a session is or has.
+def engine_and_factory(url: str | URL, options: dict[str, Any]) -> tuple[AnyEngine, Any]:
+    """Return a new engine of the kind that a URL's driver needs, and a session factory on it."""
+    url = make_url(url)
+    if not url.get_dialect().is_async:
+        engine = create_engine(url, **options)
+        return engine, sessionmaker(engine)
+    from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
-    :param session: a session of either kind
-    """
+    async_engine = create_async_engine(url, **options)
+    return async_engine, async_sessionmaker(async_engine)
+
+
+def synchronous(session: AnySession) -> Session:
+    """Return the synchronous session that a session is or has."""
     return session if isinstance(session, Session) else session.sync_session
 
 
 def check_bind(bind: object, is_async: bool) -> None:
     """Refuse what the sessions of a factory cannot work on.
 
-    :param bind: what a session is bound to
-    :param is_async: whether the factory makes ``AsyncSession``
     :raises TypeError: if the two do not go together
     :raises ValueError: if the engine's pool cannot serve several threads
     """

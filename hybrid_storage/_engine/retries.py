@@ -28,13 +28,7 @@ logger = logging.getLogger("hybrid_storage")
 
 
 async def with_retries(call: Callable[[], Awaitable[T]], seconds: float, what: object) -> T:
-    """Call until it succeeds, fails for good, or the time is over.
-
-    :param call: the call, which may be made again after it has failed
-    :param seconds: how many seconds to go on after the first failure; 0 makes one call
-    :param what: what is being done, for the log
-    :return: what the call returns
-    """
+    """Call until it succeeds, fails for good, or the time is over."""
     began = time.monotonic()
     try:
         return await call()
@@ -59,11 +53,7 @@ async def with_retries(call: Callable[[], Awaitable[T]], seconds: float, what: o
 
 @contextmanager
 def warning_if_slow(seconds: float, what: object) -> Iterator[None]:
-    """Log one warning if the block takes longer, while it is still at it.
-
-    :param seconds: how many seconds may pass in silence
-    :param what: what is being done
-    """
+    """Log one warning if the block takes longer, while it is still at it."""
     # In a context of its own: a timer is not to keep what the caller's context holds.
     timer = asyncio.get_running_loop().call_later(seconds, _warn, seconds, what, context=Context())
     try:

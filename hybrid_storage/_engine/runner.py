@@ -13,12 +13,10 @@ statement each; to set and reset it takes none.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from inspect import isawaitable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from weakref import WeakSet
 
@@ -67,9 +65,7 @@ class Call(Generic[T]):
     def run(self, connection: Connection) -> T:
         """Call the function.
 
-        :param connection: where to
         :raises DBAPIError: whatever the database answers; a missing table is explained
-        :return: what the function returns
         """
         try:
             return self.function(connection)
@@ -97,13 +93,7 @@ class Runner:
         bind_arguments: Mapping[str, Any],
         limiter: CapacityLimiter | None,
     ) -> None:
-        """Store what to use.
-
-        :param factory: makes the sessions
-        :param is_async: whether they are of ``AsyncSession``
-        :param bind_arguments: what a session gets to choose its engine by
-        :param limiter: limits the calls at a time, in place of the pool's size
-        """
+        """Store what to use."""
         self._factory = factory
         self._is_async = is_async
         self.bind_arguments = dict(bind_arguments)
@@ -112,7 +102,6 @@ class Runner:
     def open(self, bind_arguments: Mapping[str, Any] | None = None) -> tuple[AnySession, Bind]:
         """Return a new session, and what it is bound to.
 
-        :param bind_arguments: what to choose the engine by
         :raises TypeError: if that is an engine of the other kind
         """
         session = self._factory()
@@ -126,10 +115,7 @@ class Runner:
         Cancelled while it waits for its slot, it does nothing. Cancelled later, the statement is
         ended where the driver can, and nothing of the call happens afterwards.
 
-        :param call: the call
-        :param is_heartbeat: whether it must not wait behind other calls
         :raises RuntimeError: if it would wait for a transaction of its own task, or of its parents
-        :return: what its function returns
         """
         session, bind = self.open(call.bind_arguments)
         slot = _heartbeat_slot(bind) if is_heartbeat else self.slot(bind, call.writes)
@@ -146,10 +132,7 @@ class Runner:
     async def slot(self, bind: Bind, writes: bool) -> AsyncIterator[bool]:
         """Hold a slot for a call.
 
-        :param bind: the engine, or the connection, that the call uses
-        :param writes: whether the call writes
         :raises RuntimeError: if it would wait for a transaction of its own task, or of its parents
-        :return: a context manager that tells whether to connect beyond the pool
         """
         pool = pool_state(bind)
         slot = pool.call(writes, self._limiter)
@@ -173,12 +156,7 @@ async def _heartbeat_slot(bind: Bind) -> AsyncIterator[bool]:
 
 
 async def carry_to_completion(session: AnySession, work: Callable[[Session], T]) -> T:
-    """Do what ends a transaction, even if the caller is cancelled, then re-raise.
-
-    :param session: the session, of either kind
-    :param work: gets the synchronous session
-    :return: what the work returns
-    """
+    """Do what ends a transaction, even if the caller is cancelled, then re-raise."""
     if isinstance(session, Session):
         return await run_to_completion(run_in_thread(partial(work, session)))
     return await run_to_completion(session.run_sync(work))
@@ -192,12 +170,6 @@ async def carry(
     """Do the work where the session may be used.
 
     Cancelled, it ends the statement under way where the driver can, and waits for the work's end.
-
-    :param session: the session that the work uses, of either kind
-    :param bind: what the session is bound to; None if the work is the application's own, which
-        may go by ``asyncio.current_task()``: on an asynchronous driver it stays in this task
-    :param work: tells what it gets which connection to interrupt
-    :return: what the work returns
     """
     interrupter = Interrupter()
     if isinstance(session, Session):
@@ -205,13 +177,7 @@ async def carry(
     in_greenlet = session.run_sync(lambda _: work(interrupter))
     if bind is not None and bind.dialect.driver not in _CANCELLING_DRIVERS:
         return await run_to_completion(in_greenlet, interrupter)
-    try:
-        return await in_greenlet
-    except asyncio.CancelledError:
-        answer = interrupter.request()
-        if isawaitable(answer):  # aiosqlite's
-            await answer
-        raise
+    return await in_greenlet
 
 
 def _on_connection(
@@ -247,12 +213,7 @@ def _connected(session: Session, bind: Bind, call: Call[Any], spare: bool) -> It
 
 @contextmanager
 def bound(session: Session, bind: Bind, spare: bool = False) -> Iterator[None]:
-    """Bind a session to one connection, which stays checked out whatever the session does.
-
-    :param session: a session that has not been used yet
-    :param bind: what the session is bound to; left as it is where the session has rules of its own
-    :param spare: whether to connect beyond the pool, all of whose connections are in use
-    """
+    """Bind a session to one connection, which stays checked out whatever the session does."""
     if session.bind is not bind and not spare:
         yield
         return

@@ -42,11 +42,7 @@ class Scope:
     """A session that calls join."""
 
     def __init__(self, session: AnySession, parent: Scope | None = None) -> None:
-        """Remember the session.
-
-        :param session: a session of either kind
-        :param parent: the scope whose savepoint this one is
-        """
+        """Remember the session."""
         self.session = session
         self.task = asyncio.current_task()
         self.is_open = True
@@ -59,10 +55,8 @@ class Scope:
     async def execute(self, call: Call[T]) -> T:
         """Run a call in the session, after the calls that came before.
 
-        :param call: the call
         :raises ScopeClosed: if the scope has ended
         :raises PendingRollbackError: if an earlier call was cancelled
-        :return: what the call's function returns
         """
         arguments = dict(call.bind_arguments)
         bind = synchronous(self.session).get_bind(**arguments)
@@ -75,11 +69,7 @@ class Scope:
         return await self._carry(in_session, bind)
 
     async def run(self, function: Callable[[Session], T]) -> T:
-        """Call a function of the application's with the session, as :meth:`execute` does a call.
-
-        :param function: gets the synchronous session; may be called in a worker thread
-        :return: what the function returns
-        """
+        """Call a function of the application's with the session, as :meth:`execute` does a call."""
 
         def in_session(session: Session, interrupter: Interrupter) -> T:
             # A connection that the session has from a pool goes back when the function commits: to
@@ -116,8 +106,6 @@ class Scope:
         """Undo what is done inside, and only that, if it ends with an exception.
 
         Calls of other tasks that joined this scope wait meanwhile: they are not to be undone too.
-
-        :return: a context manager that gives the scope of the savepoint
         """
         async with self._turn():
             self._has_savepoint = True
@@ -177,14 +165,7 @@ class TransactionScope(Scope):
         spare: bool = False,
         lock_timeout: float | None = None,
     ) -> None:
-        """Remember the session.
-
-        :param session: a session that has not been used yet
-        :param bind: what the session is bound to
-        :param bind_arguments: what the session has chosen that by
-        :param spare: whether to connect beyond the pool, all of whose connections are in use
-        :param lock_timeout: how many seconds to wait for a lock at the most
-        """
+        """Remember the session."""
         super().__init__(session)
         self._bind = bind
         self._bind_arguments = dict(bind_arguments)
@@ -200,7 +181,6 @@ class TransactionScope(Scope):
     async def end(self, succeeded: bool) -> None:
         """Commit or roll back, and give the connection back, even if the caller is cancelled.
 
-        :param succeeded: whether to commit
         :raises PendingRollbackError: if a call was cancelled and the block went on all the same
         """
         commits = succeeded and not self._was_cancelled

@@ -38,10 +38,7 @@ class PoolState:
     """What the calls of one event loop to one pool share, by whatever storage."""
 
     def __init__(self, bind: Bind) -> None:
-        """Make as many slots as the pool keeps connections.
-
-        :param bind: the engine, or the connection, that the calls will use
-        """
+        """Make as many slots as the pool keeps connections."""
         size = pool_size(bind)
         self.is_shared = is_shared(bind)
         self.calls = CapacityLimiter(size)
@@ -54,11 +51,7 @@ class PoolState:
         self.open_transactions: set[object] = set()
 
     def call(self, writes: bool, limiter: CapacityLimiter | None) -> Slot:
-        """Return a slot for a call.
-
-        :param writes: whether it writes; SQLite takes one writer at a time
-        :param limiter: what to use in place of the pool's own limit
-        """
+        """Return a slot for a call."""
         # Writers would otherwise sleep in SQLite's busy handler, which wakes up far too late. Not
         # behind a transaction of their own task, which may not have written yet.
         queues = writes and self.writers is not None and not is_held_by_parent(self)
@@ -96,9 +89,6 @@ class PoolState:
 
         A handler that holds one while it waits for a call would wait for ever if that call waited
         for the handler's connection.
-
-        :param bind: the engine, or the connection, that the call will use
-        :param by_calls_too: whether those of calls count, which will be given back soon
         """
         if isinstance(bind, Connection) or not isinstance(bind.pool, QueuePool):
             return False
@@ -119,10 +109,7 @@ _first_loops = WeakKeyDictionary()
 
 
 def pool_state(bind: Bind) -> PoolState:
-    """Return the state of a pool in the running event loop.
-
-    :param bind: the engine, or the connection, that a call will use
-    """
+    """Return the state of a pool in the running event loop."""
     loop = asyncio.get_running_loop()
     try:
         return _states[loop][_resource(bind)]
@@ -133,10 +120,7 @@ def pool_state(bind: Bind) -> PoolState:
 
 
 def of_this_loop(limiter: CapacityLimiter) -> CapacityLimiter:
-    """Return the limiter to use in the running event loop: anyio's serve one loop only.
-
-    :param limiter: a limiter of the application's; other loops get one of the same size each
-    """
+    """Return the limiter to use in the running event loop: anyio's serve one loop only."""
     loop = asyncio.get_running_loop()
     with _guard:
         first = _first_loops.get(limiter)
@@ -154,10 +138,7 @@ class Slot:
     """An async context manager that waits for a token of each limiter, and keeps them."""
 
     def __init__(self, *limiters: CapacityLimiter) -> None:
-        """Remember where to wait.
-
-        :param limiters: each of which gives one token, in this order
-        """
+        """Remember where to wait."""
         self._limiters = limiters
         self._taken = 0
 
@@ -200,18 +181,13 @@ _transactions: ContextVar[tuple[object, ...]] = ContextVar("transactions", defau
 
 
 def is_held_by_parent(pool: PoolState) -> bool:
-    """Tell whether this task, or a parent of it, has a transaction open on a pool.
-
-    :param pool: the state of the pool
-    """
+    """Tell whether this task, or a parent of it, has a transaction open on a pool."""
     return any(each in pool.open_transactions for each in _transactions.get())
 
 
 async def acquired(slot: Slot, pool: PoolState) -> None:
     """Wait for a slot, with a limit where it may be waiting for its own task.
 
-    :param slot: the slot
-    :param pool: the state of its pool
     :raises RuntimeError: if a transaction of this task, or of its parents, holds it for too long
     """
     if not is_held_by_parent(pool):
@@ -227,7 +203,6 @@ async def acquired(slot: Slot, pool: PoolState) -> None:
 async def transaction_slot(pool: PoolState) -> AsyncIterator[None]:
     """Hold the slot of a transaction, known to the calls of this task and of its children.
 
-    :param pool: the state of its pool
     :raises RuntimeError: if a transaction of this task, or of its parents, holds it for too long
     """
     slot = pool.transaction()
@@ -244,11 +219,7 @@ async def transaction_slot(pool: PoolState) -> AsyncIterator[None]:
 
 
 def exclusive(bind: Bind) -> AbstractContextManager[object]:
-    """Keep other threads off a connection that all threads share.
-
-    :param bind: the engine, or the connection, that the call will use
-    :return: a context manager to hold while using it
-    """
+    """Keep other threads off a connection that all threads share."""
     if bind.dialect.is_async or not is_shared(bind):
         return nullcontext()
     with _guard:
@@ -256,10 +227,7 @@ def exclusive(bind: Bind) -> AbstractContextManager[object]:
 
 
 def pool_size(bind: Bind) -> int:
-    """Return how many calls at a time a bind can serve without opening further connections.
-
-    :param bind: an engine or a connection
-    """
+    """Return how many calls at a time a bind can serve without opening further connections."""
     if is_shared(bind):
         return 1
     pool = bind.engine.pool
@@ -268,10 +236,7 @@ def pool_size(bind: Bind) -> int:
 
 
 def is_shared(bind: Bind) -> bool:
-    """Tell whether all calls, and the application's, use the same connection.
-
-    :param bind: an engine or a connection
-    """
+    """Tell whether all calls, and the application's, use the same connection."""
     return isinstance(bind, Connection) or isinstance(bind.pool, (StaticPool, AssertionPool))
 
 

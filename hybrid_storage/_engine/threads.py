@@ -29,10 +29,6 @@ async def run_in_thread(function: Callable[[], T], interrupter: Interrupter | No
 
     Cancelled before the thread begins, it does nothing. Cancelled later, it ends the statement
     under way, waits for the thread, and re-raises.
-
-    :param function: must not use the event loop
-    :param interrupter: ends the function's statements if the caller is cancelled
-    :return: what the function returns
     """
     outcome: Future[T] = Future()
     try:

@@ -42,10 +42,7 @@ class Leases:
     """Takes, renews and frees leases, for an owner, in seconds."""
 
     def __init__(self, table: Table) -> None:
-        """Build the statements that are the same on every database.
-
-        :param table: the table of locks
-        """
+        """Build the statements that are the same on every database."""
         self.table = table
         self._dialects: dict[type[Dialect], _Dialect] = {}
         mine = table.c.owner == bindparam("_owner")
@@ -56,10 +53,7 @@ class Leases:
         self.renew_mine: Update = update(table).where(these, mine)
 
     def acquire(self, connection: Connection, row: str, owner: str, lease: float) -> bool:
-        """Take a lease unless another owner has it and its time is not over.
-
-        :return: whether it is the owner's now
-        """
+        """Take a lease unless another owner has it and its time is not over."""
         dialect = self._dialect(connection)
         parameters = {"_row": row, "_owner": owner, "_lease": lease}
         result = executed(connection, dialect.acquire, parameters)
@@ -71,10 +65,7 @@ class Leases:
     def renew(
         self, connection: Connection, rows: Sequence[str], owner: str, lease: float
     ) -> set[str]:
-        """Begin the time of an owner's leases anew.
-
-        :return: those of the rows that are the owner's still
-        """
+        """Begin the time of an owner's leases anew."""
         parameters = {"_rows": rows, "_owner": owner, "_lease": lease}
         renewed = executed(connection, self._dialect(connection).renew, parameters)
         if renewed.changed == len(rows):

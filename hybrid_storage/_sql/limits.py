@@ -17,11 +17,7 @@ class Limits:
     """The limits of one table on one kind of database."""
 
     def __init__(self, table: Table, dialect: Dialect) -> None:
-        """Find the limits.
-
-        :param table: the table
-        :param dialect: the dialect of its database
-        """
+        """Find the limits."""
         self._table = table.fullname
         length: int | None = getattr(table.c.id.type.dialect_impl(dialect), "length", None)
         if length is None and isinstance(dialect, PGDialect):
@@ -33,9 +29,6 @@ class Limits:
     def check(self, connection: Connection, row: str, *texts: str | None) -> None:
         """Refuse a key and texts that the database would not take, or not keep as they are.
 
-        :param connection: where a limit can be asked for
-        :param row: the key
-        :param texts: what a statement sends with it
         :raises ValueError: if the database cannot hold one of them, or all are too much at once
         """
         self._check_key(row)
@@ -51,7 +44,6 @@ class Limits:
     def check_text(self, text: str) -> None:
         """Refuse a text that the database does not take.
 
-        :param text: a key, a state or data
         :raises ValueError: if the text holds what PostgreSQL cannot
         """
         if self._is_postgresql and "\0" in text:

@@ -28,13 +28,7 @@ class Result(NamedTuple):
 def executed(
     connection: Connection, statement: Executable, parameters: Mapping[str, Any]
 ) -> Result:
-    """Execute a statement.
-
-    :param connection: where to; not a session, which would flush its pending objects first
-    :param statement: a Core statement
-    :param parameters: by name
-    :return: what the database answers
-    """
+    """Execute a statement."""
     result = connection.execute(statement, parameters)
     if result.returns_rows:
         return Result(result.all(), -1)

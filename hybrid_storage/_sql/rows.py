@@ -40,10 +40,7 @@ class Rows:
     """The reads and writes on one table."""
 
     def __init__(self, table: Table) -> None:
-        """Build the statements that are the same on every database.
-
-        :param table: the table, with the columns of ``FSMData``
-        """
+        """Build the statements that are the same on every database."""
         self.table = table
         self._dialects: dict[type[Dialect], _Dialect] = {}
         this_row = table.c.id == bindparam("_row")
@@ -93,9 +90,6 @@ class Rows:
     ) -> None:
         """Replace the data by what ``merge`` makes of it: read, then compare-and-set.
 
-        :param connection: where to
-        :param row: the row's id
-        :param merge: gets the stored text and returns the new one; called again after a conflict
         :raises StaleDataError: if the row changed under every one of a great many attempts
         """
         dialect = self._dialect(connection)

@@ -39,10 +39,6 @@ def telling(statement: Insert | Update, table: Table, dialect: Dialect) -> Execu
     """Return a conditional write whose answer tells whether it found its condition true.
 
     Not every driver counts rows, or still knows how many there were when it is asked.
-
-    :param statement: the write
-    :param table: its table
-    :param dialect: the dialect of the database that will run it
     """
     is_insert = isinstance(statement, Insert)
     returns = dialect.insert_returning if is_insert else dialect.update_returning
@@ -63,12 +59,7 @@ class Upsert:
     """Sets one column of the row with a given id, and makes the row where there is none."""
 
     def __init__(self, table: Table, column: str, dialect: Dialect) -> None:
-        """Build the statements.
-
-        :param table: the table, with a primary key ``id``
-        :param column: the name of the column to set
-        :param dialect: the dialect of the database that will run them
-        """
+        """Build the statements."""
         self._always: Insert | None = None
         self._if_empty: Executable | None = None
         # MySQL counts 1 for a row inserted and for one found as it was.
@@ -104,12 +95,7 @@ class Upsert:
             self._if_empty = row.on_duplicate_key_update({column: filled, **changes})
 
     def set(self, connection: Connection, row: str, value: str) -> None:
-        """Set the column to a value.
-
-        :param connection: where to
-        :param row: the row's id
-        :param value: the new value
-        """
+        """Set the column to a value."""
         parameters = {"_row": row, "_value": value}
         if self._always is not None:
             if not (self._updates_first and _finds(connection, self._update, parameters)):
@@ -119,13 +105,7 @@ class Upsert:
             executed(connection, self._update, parameters)
 
     def set_if_empty(self, connection: Connection, row: str, value: str) -> bool:
-        """Set the column only if it holds nothing so far.
-
-        :param connection: where to
-        :param row: the row's id
-        :param value: the new value
-        :return: True if the value was set; False if it was not, or if the database does not tell
-        """
+        """Set the column only if it holds nothing so far."""
         parameters = {"_row": row, "_value": value}
         if self._if_empty is None:
             return self._update_or_insert(connection, self._update_if_empty, parameters)
