@@ -1,0 +1,252 @@
+"""A transaction belongs to the task that opened it, whatever tasks are started inside."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+from aiogram.fsm.storage.base import StorageKey
+from backends import MARIADB, POSTGRESQL, SERVERS, SQLITE, Backend
+from blocking import PATIENCE
+from conftest import Open
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
+
+from hybrid_storage import SQLAlchemyStorage
+from hybrid_storage._engine import scopes, slots
+
+ROW_LOCKS = [*POSTGRESQL, *MARIADB]
+
+
+@pytest.fixture
+def other(key: StorageKey) -> StorageKey:
+    """Return the key of another conversation."""
+    return replace(key, user_id=8)
+
+
+@pytest.fixture
+def short_wait(monkeypatch: pytest.MonkeyPatch) -> float:
+    """Wait for a parent for a second, not for ten: MariaDB counts whole seconds."""
+    for module in (slots, scopes):
+        monkeypatch.setattr(module, "PARENT_WAIT", 1.0)
+    monkeypatch.setattr("hybrid_storage.transactions.PARENT_WAIT", 1.0)
+    return 1.0
+
+
+@pytest.mark.parametrize("backend", ROW_LOCKS, ids=str)
+async def test_a_childs_transaction_that_outlives_its_parents_is_committed(
+    backend: Backend, open_storage: Open, key: StorageKey, other: StorageKey
+) -> None:
+    storage = await open_storage(backend)
+    opened, go = asyncio.Event(), asyncio.Event()
+
+    async def child() -> None:
+        async with storage.transaction():
+            await storage.set_state(other, "child")
+            opened.set()
+            await go.wait()
+
+    async with storage.transaction():
+        task = asyncio.create_task(child())
+        await opened.wait()
+        await storage.set_state(key, "parent")
+    assert await storage.get_state(other) is None
+    go.set()
+    await task
+    assert (await storage.get_state(key), await storage.get_state(other)) == ("parent", "child")
+
+
+@pytest.mark.parametrize("backend", ROW_LOCKS, ids=str)
+async def test_a_child_that_rolls_back_takes_nothing_of_its_parents_with_it(
+    backend: Backend, open_storage: Open, key: StorageKey, other: StorageKey
+) -> None:
+    storage = await open_storage(backend)
+    opened, go = asyncio.Event(), asyncio.Event()
+
+    async def child() -> None:
+        async with storage.transaction():
+            await storage.set_state(other, "child")
+            opened.set()
+            await go.wait()
+            raise ZeroDivisionError
+
+    async with storage.transaction():
+        task = asyncio.create_task(child())
+        await opened.wait()
+        await storage.set_state(key, "parent")
+        go.set()
+        with pytest.raises(ZeroDivisionError):
+            await task
+    assert (await storage.get_state(key), await storage.get_state(other)) == ("parent", None)
+
+
+@pytest.mark.parametrize("backend", ROW_LOCKS, ids=str)
+async def test_transactions_of_two_children_run_side_by_side(
+    backend: Backend, open_storage: Open, key: StorageKey, other: StorageKey
+) -> None:
+    storage = await open_storage(backend)
+    met = [asyncio.Event(), asyncio.Event()]
+
+    async def child(number: int, own: StorageKey) -> None:
+        async with storage.transaction():
+            await storage.set_state(own, f"child {number}")
+            met[number].set()
+            await asyncio.wait_for(met[1 - number].wait(), PATIENCE)
+
+    async with storage.transaction():
+        await asyncio.gather(child(0, key), child(1, other))
+    assert await storage.get_state(key) == "child 0"
+    assert await storage.get_state(other) == "child 1"
+
+
+@pytest.mark.parametrize("backend", ROW_LOCKS, ids=str)
+async def test_a_child_that_waits_for_its_parents_row_is_told_so(
+    backend: Backend, open_storage: Open, key: StorageKey, short_wait: float
+) -> None:
+    storage = await open_storage(backend)
+
+    async def child() -> None:
+        async with storage.transaction():
+            await storage.set_state(key, "child")
+
+    await storage.set_state(key, "before")
+    async with storage.transaction():
+        await storage.set_state(key, "parent")
+        with pytest.raises(DBAPIError, match="open transaction of this task or of its parent"):
+            await asyncio.create_task(child())
+        await storage.update_data(key, {"goes": "on"})
+    assert await storage.get_state(key) == "parent"
+    # The pool's connections wait for locks as long as before.
+    await asyncio.gather(*(storage.update_data(key, {str(n): n}) for n in range(10)))
+
+
+@pytest.mark.parametrize("backend", SQLITE, ids=str)
+async def test_on_sqlite_a_child_that_waits_for_its_parents_write_lock_is_told_so(
+    backend: Backend, open_storage: Open, key: StorageKey, other: StorageKey, short_wait: float
+) -> None:
+    storage = await open_storage(backend)
+
+    async def child() -> None:
+        async with storage.transaction():
+            await storage.set_state(other, "child")
+
+    async with storage.transaction():
+        await storage.set_state(key, "parent")
+        with pytest.raises(RuntimeError, match="open transaction of this task or of its parent"):
+            await asyncio.create_task(child())
+    assert (await storage.get_state(key), await storage.get_state(other)) == ("parent", None)
+
+
+@pytest.mark.parametrize("backend", SERVERS, ids=str)
+async def test_on_a_pool_of_one_a_child_that_waits_for_its_parents_connection_is_told_so(
+    backend: Backend, open_storage: Open, key: StorageKey, other: StorageKey, short_wait: float
+) -> None:
+    storage = await open_storage(backend, engine_options={"pool_size": 1, "max_overflow": 0})
+
+    async def child() -> None:
+        async with storage.transaction():
+            await storage.set_state(other, "child")
+
+    async with storage.transaction():
+        await storage.set_state(key, "parent")
+        with pytest.raises(RuntimeError, match="open transaction of this task or of its parent"):
+            await asyncio.create_task(child())
+    assert (await storage.get_state(key), await storage.get_state(other)) == ("parent", None)
+
+
+@pytest.mark.parametrize("backend", SERVERS, ids=str)
+async def test_single_calls_of_children_join_and_are_undone_with_it(
+    backend: Backend, open_storage: Open, key: StorageKey, other: StorageKey
+) -> None:
+    storage = await open_storage(backend)
+    with pytest.raises(ZeroDivisionError):
+        async with storage.transaction():
+            await asyncio.gather(storage.set_state(key, "a"), storage.set_state(other, "b"))
+            assert await asyncio.create_task(storage.get_state(other)) == "b"
+            raise ZeroDivisionError
+    assert (await storage.get_state(key), await storage.get_state(other)) == (None, None)
+
+
+@pytest.mark.parametrize("backend", SERVERS, ids=str)
+async def test_a_childs_call_is_not_undone_with_a_nested_block_of_its_parent(
+    backend: Backend, open_storage: Open, key: StorageKey, other: StorageKey
+) -> None:
+    storage = await open_storage(backend)
+    inside = asyncio.Event()
+
+    async def child() -> None:
+        await inside.wait()
+        await storage.set_state(other, "child")
+
+    async with storage.transaction():
+        task = asyncio.create_task(child())
+        with pytest.raises(ZeroDivisionError):
+            async with storage.transaction():
+                await storage.set_state(key, "nested")
+                inside.set()
+                await asyncio.sleep(0.05)
+                assert not task.done()
+                raise ZeroDivisionError
+        await task
+    assert (await storage.get_state(key), await storage.get_state(other)) == (None, "child")
+
+
+@pytest.mark.parametrize("backend", [SQLITE[0], POSTGRESQL[1]], ids=str)
+async def test_a_nested_block_that_waits_for_an_outer_child_is_told_so(
+    backend: Backend, open_storage: Open, key: StorageKey, short_wait: float
+) -> None:
+    storage = await open_storage(backend)
+    inside = asyncio.Event()
+
+    async def child() -> None:
+        await inside.wait()
+        await storage.set_state(key, "child")
+
+    async with storage.transaction():
+        task = asyncio.create_task(child())
+        async with storage.transaction():
+            inside.set()
+            with pytest.raises(RuntimeError, match="start the task inside the nested block"):
+                await task
+
+
+@pytest.mark.parametrize("backend", SERVERS, ids=str)
+async def test_a_child_of_a_nested_block_joins_the_outer_one_after_its_end(
+    backend: Backend, open_storage: Open, key: StorageKey
+) -> None:
+    storage = await open_storage(backend)
+    go = asyncio.Event()
+
+    async def child() -> None:
+        await go.wait()
+        await storage.set_state(key, "child")
+
+    with pytest.raises(ZeroDivisionError):
+        async with storage.transaction():
+            async with storage.transaction():
+                task = asyncio.create_task(child())
+            go.set()
+            await task
+            raise ZeroDivisionError
+    assert await storage.get_state(key) is None
+
+
+@pytest.mark.parametrize("backend", SERVERS, ids=str)
+async def test_a_transaction_with_a_cancelled_call_is_not_committed_in_part(
+    backend: Backend, open_storage: Open, key: StorageKey, other: StorageKey
+) -> None:
+    storage: SQLAlchemyStorage = await open_storage(backend)
+
+    with pytest.raises(PendingRollbackError, match="was cancelled"):
+        async with storage.transaction():
+            await storage.set_state(key, "first")
+            task = asyncio.create_task(storage.run_sync(lambda session: session.connection()))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task])
+            if not task.cancelled():  # it was quicker
+                raise PendingRollbackError("nothing was cancelled")
+    assert await storage.get_state(key) is None
+    await storage.set_state(other, "next")
+    assert await storage.get_state(other) == "next"
