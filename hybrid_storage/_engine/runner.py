@@ -37,9 +37,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Behind a pooler that changes servers between transactions, a driver that prepares a statement and
-# runs it afterwards needs a transaction around both. It turns out when the statement is not there.
-_needing_transactions: WeakSet[Engine] = WeakSet()
+# Engines behind a pooler that changes servers between transactions, which turns out when a
+# prepared statement is not there. asyncpg prepares a statement and runs it afterwards: that needs a
+# transaction around both. psycopg goes on using a statement for as long as it is told to.
+_behind_poolers: WeakSet[Engine] = WeakSet()
 
 # On these, cancelling the task cancels the statement at the server, and waits for its answer.
 _CANCELLING_DRIVERS = {"asyncpg", "psycopg"}
@@ -125,7 +126,7 @@ class Runner:
                 return await carry(session, bind, partial(work, spare))
         except DBAPIError as error:
             if is_misplaced_statement(error):
-                _needing_transactions.add(bind.engine)
+                _behind_poolers.add(bind.engine)
             raise
 
     @asynccontextmanager
@@ -206,6 +207,10 @@ def _connected(session: Session, bind: Bind, call: Call[Any], spare: bool) -> It
             # Unless a listener of the pool's has begun a transaction: that is committed below.
             with suppress(DBAPIError, bind.dialect.loaded_dbapi.Error):
                 connection.execution_options(isolation_level="AUTOCOMMIT")
+        if bind.engine in _behind_poolers:
+            driver_connection: Any = connection.connection.driver_connection
+            if hasattr(driver_connection, "prepare_threshold"):  # psycopg's setting for poolers
+                driver_connection.prepare_threshold = None
         yield connection
         if call.writes:
             connection.commit()
@@ -269,6 +274,6 @@ def _autocommits(bind: Bind) -> bool:
     """
     return (
         isinstance(bind.dialect, PGDialect)
-        and bind.engine not in _needing_transactions
+        and bind.engine not in _behind_poolers
         and not bind.dispatch.begin
     )
