@@ -39,29 +39,34 @@ class PoolState:
 
     def __init__(self, bind: Bind) -> None:
         """Make as many slots as the pool keeps connections."""
-        size = pool_size(bind)
         self.is_shared = is_shared(bind)
-        self.calls = CapacityLimiter(size)
+        self.calls = CapacityLimiter(pool_size(bind))
         # Calls outside a transaction must go on meanwhile, unless they share its connection.
-        self.transactions = self.calls if self.is_shared else CapacityLimiter(size)
+        self.transactions = self.calls if self.is_shared else CapacityLimiter(pool_size(bind))
         self.heartbeats = self.calls if self.is_shared else CapacityLimiter(1)
         self.spares = CapacityLimiter(1)
-        self.writers = CapacityLimiter(1) if isinstance(bind.dialect, SQLiteDialect) else None
+        # Writers would otherwise sleep in SQLite's busy handler, which wakes up far too late.
+        self.writers = [CapacityLimiter(1)] if isinstance(bind.dialect, SQLiteDialect) else []
+        # Where there is one for all, calls queue before it, so that a heartbeat waits for the call
+        # under way alone.
+        self.write_queue = [CapacityLimiter(1) for _ in self.writers]
+        self.call_queue = [CapacityLimiter(1)] if self.is_shared else []
         self.calls_in_pool = 0
         self.open_transactions: set[object] = set()
 
     def call(self, writes: bool, limiter: CapacityLimiter | None) -> Slot:
         """Return a slot for a call."""
-        # Writers would otherwise sleep in SQLite's busy handler, which wakes up far too late. Not
-        # behind a transaction of their own task, which may not have written yet.
-        queues = writes and self.writers is not None and not is_held_by_parent(self)
-        writers = [self.writers] if queues and self.writers is not None else []
-        calls = [self.calls] if limiter is None or self.is_shared else []
-        return Slot(*writers, *([] if limiter is None else [of_this_loop(limiter)]), *calls)
+        # Not behind a transaction of the same task, which may not have written yet.
+        queues = writes and not is_held_by_parent(self)
+        return Slot(
+            *([*self.write_queue, *self.writers] if queues else []),
+            *([] if limiter is None else [of_this_loop(limiter)]),
+            *([*self.call_queue, self.calls] if limiter is None or self.is_shared else []),
+        )
 
     def transaction(self) -> Slot:
         """Return a slot to hold a connection for the time of a handler."""
-        return Slot(*([] if self.writers is None else [self.writers]), self.transactions)
+        return Slot(*self.write_queue, *self.writers, *self.call_queue, self.transactions)
 
     @contextmanager
     def counted_call(self) -> Iterator[None]:
@@ -76,7 +81,7 @@ class PoolState:
     async def heartbeat(self) -> AsyncIterator[None]:
         """Hold a slot that other calls never wait in, however many there are."""
         async with Slot(self.heartbeats):
-            turn = Slot(*([] if self.writers is None else [self.writers]))
+            turn = Slot(*self.writers)
             with move_on_after(_HEARTBEAT_WAITS):
                 await turn.acquire()
             try:

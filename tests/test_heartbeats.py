@@ -1,0 +1,94 @@
+"""Leases are renewed however many calls wait, and whatever the application does with the pool."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import replace
+
+import pytest
+from aiogram.fsm.storage.base import StorageKey
+from backends import SERVERS, Backend
+from conftest import Open, engine_of
+
+from hybrid_storage import SQLAlchemyStorage
+
+LEASE = 3.0  # seconds
+HELD_FOR = 2 * LEASE
+WAITING = 6000  # calls, which take longer than a lease one after another
+
+
+def lost(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [each.getMessage() for each in caplog.records if each.levelno == logging.WARNING]
+
+
+@pytest.mark.parametrize("backend", SERVERS, ids=str)
+async def test_a_lock_is_kept_while_thousands_of_calls_wait(
+    backend: Backend, open_storage: Open, key: StorageKey, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage: SQLAlchemyStorage = await open_storage(backend, slow_after=60)
+    isolation = storage.create_isolation(lease=LEASE)
+    await storage.create_table()
+    ends = time.monotonic() + HELD_FOR
+
+    async def write(number: int) -> None:
+        while time.monotonic() < ends:
+            await storage.set_state(replace(key, user_id=number), "busy")
+
+    async with isolation.lock(key):
+        writers = set()
+        for number in range(WAITING):
+            writers.add(asyncio.create_task(write(number)))
+            if number % 200 == 0:  # the event loop is not to stand still meanwhile
+                await asyncio.sleep(0.01)
+        while time.monotonic() < ends:
+            assert isolation.still_held(key)
+            await asyncio.sleep(0.1)
+        for each in writers:
+            each.cancel()
+        await asyncio.gather(*writers, return_exceptions=True)
+    assert lost(caplog) == []
+    await storage.run_sync(lambda session: isolation_table(storage, session))
+
+
+def isolation_table(storage: SQLAlchemyStorage, session: object) -> None:
+    """Leave no table of locks behind."""
+    from sqlalchemy.orm import Session
+
+    assert isinstance(session, Session)
+    name = f"{storage.table.name}_lock"
+    storage.metadata.tables[name].drop(session.connection())
+
+
+@pytest.mark.parametrize("backend", SERVERS, ids=str)
+async def test_a_lock_is_kept_while_the_application_holds_all_connections(
+    backend: Backend, open_storage: Open, key: StorageKey, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage: SQLAlchemyStorage = await open_storage(
+        backend, engine_options={"pool_size": 2, "max_overflow": 0}
+    )
+    isolation = storage.create_isolation(lease=LEASE)
+    await storage.create_table()
+    engine = engine_of(storage)
+    async with isolation.lock(key):
+        pool = engine.pool
+        if backend.is_async:
+            from sqlalchemy.ext.asyncio import AsyncEngine
+
+            connections = [AsyncEngine(engine).connect() for _ in range(2)]
+            for each in connections:
+                await each.start()
+        held = [] if backend.is_async else [engine.connect() for _ in range(2)]
+        assert getattr(pool, "checkedout")() == 2  # noqa: B009
+        ends = time.monotonic() + HELD_FOR
+        while time.monotonic() < ends:
+            assert isolation.still_held(key)
+            await asyncio.sleep(0.1)
+        for each_held in held:
+            each_held.close()
+        if backend.is_async:
+            for each in connections:
+                await each.close()
+    assert lost(caplog) == []
+    await storage.run_sync(lambda session: isolation_table(storage, session))
