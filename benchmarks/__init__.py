@@ -1,6 +1,6 @@
 """Measures the storage side by side with others and with bare drivers: ``python -m benchmarks``.
 
-* ``contenders.py`` opens the storages, ``floor.py`` has those on bare drivers,
+* ``contenders.py`` opens the storages, ``bare_drivers.py`` has those without SQLAlchemy,
 * ``work.py`` has what they do, ``bots.py`` the bots that do it through a dispatcher,
 * ``measure.py`` has them take turns, ``proxy.py`` counts round trips and delays them,
 * ``results.py`` holds the figures, ``goals.py``, ``report.py`` and ``plots.py`` show them.

@@ -9,6 +9,7 @@ import platform
 import sys
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ SECTIONS: dict[str, Callable[[Run], Coroutine[Any, Any, None]]] = {
     "data": Run.data,
     "memory": Run.memory,
 }
+SERVERS = ("postgresql", "sqlite", "mysql", "redis")
 DOCS = Path(__file__).parent.parent / "docs"
 BEGIN, END = "<!-- figures: written by python -m benchmarks -->\n", "<!-- end of the figures -->\n"
 PACKAGES = ("aiogram", "SQLAlchemy", "asyncpg", "psycopg", "aiosqlite", "asyncmy", "redis")
@@ -60,7 +62,16 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="run everything, in seconds")
     parser.add_argument("--rounds", type=int, help="how many rounds")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=[*SECTIONS, *SERVERS],
+        default=[],
+        metavar="PART",
+        help=f"some sections ({', '.join(SECTIONS)}), some databases ({', '.join(SERVERS)}), "
+        "or some of each",
+    )
+    parser.add_argument("--tasks", nargs="+", type=int, metavar="N", help="so many tasks at a time")
     parser.add_argument(
         "--contenders", nargs="+", default=[""], metavar="WORD", help="those whose names have one"
     )
@@ -72,14 +83,19 @@ def _options() -> argparse.Namespace:
 
 async def _measure(options: argparse.Namespace, console: Console) -> Results:
     scale = SMOKE if options.smoke else Scale()
-    if options.rounds:
-        scale = Scale(**{**vars(scale), "rounds": options.rounds})
+    chosen = {"rounds": options.rounds, "tasks": options.tasks}
+    scale = replace(scale, **{name: value for name, value in chosen.items() if value})
+    sections = [name for name in SECTIONS if name in options.only] or list(SECTIONS)
+    databases = [name for name in SERVERS if name in options.only]
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     taking_part = [
-        each for each in contenders() if any(word in each.name for word in options.contenders)
+        each
+        for each in contenders()
+        if any(word in each.name for word in options.contenders)
+        and (not databases or each.server in databases)
     ]
     with Progress(*columns, console=console) as progress, running_servers() as servers:
-        bar = progress.add_task("", total=len(options.only))
+        bar = progress.add_task("", total=len(sections))
         async with AsyncExitStack() as stack:
             run = Run(
                 servers,
@@ -88,12 +104,11 @@ async def _measure(options: argparse.Namespace, console: Console) -> Results:
                 lambda what: progress.update(bar, description=what),
                 stack,
             )
-            for name, section in SECTIONS.items():
-                if name in options.only:
-                    await section(run)
-                    progress.advance(bar)
-                    run.results.environment = _environment(scale)
-                    run.results.save(options.out / "results.json")
+            for name in sections:
+                await SECTIONS[name](run)
+                progress.advance(bar)
+                run.results.environment = _environment(scale)
+                run.results.save(options.out / "results.json")
     return run.results
 
 

@@ -1,6 +1,7 @@
-"""The floor: the storage's own statements on bare drivers, each autocommitted, and nothing else.
+"""The storage's own statements on bare drivers, each autocommitted, and nothing else.
 
-What a storage on these databases takes at least; whoever writes one by hand gets this.
+What a storage on these databases takes at least; the difference is the price of SQLAlchemy, and of
+working with any of its drivers.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from hybrid_storage import FullKeyBuilder
 Row = Sequence[Any] | None
 
 
-class Floor(BaseStorage):
+class BareStorage(BaseStorage):
     """A storage that runs statements written by hand."""
 
     def __init__(self, table: str, mark: Callable[[int], str]) -> None:
@@ -101,7 +102,7 @@ class Floor(BaseStorage):
                 await self.run(self._delete_empty, row)
 
 
-class AsyncpgFloor(Floor):
+class BareAsyncpg(BareStorage):
     """On a pool of asyncpg's."""
 
     def __init__(self, table: str, pool: Any) -> None:
@@ -113,7 +114,7 @@ class AsyncpgFloor(Floor):
         return row
 
 
-class PsycopgFloor(Floor):
+class BarePsycopg(BareStorage):
     """On a pool of psycopg's, in threads."""
 
     def __init__(self, table: str, pool: psycopg_pool.ConnectionPool[Any], limiter: int) -> None:
@@ -130,7 +131,7 @@ class PsycopgFloor(Floor):
             return cursor.fetchone() if cursor.description else None
 
 
-class SqliteFloor(Floor):
+class BareSqlite(BareStorage):
     """On one connection of sqlite3's, in a thread."""
 
     def __init__(self, table: str, connection: sqlite3.Connection) -> None:

@@ -35,7 +35,7 @@ from sqlalchemy_storage import SQLAlchemyStorage as ReplacedStorage
 
 from hybrid_storage import SQLAlchemyStorage
 
-from .floor import AsyncpgFloor, PsycopgFloor, RoundTrip, SqliteFloor, asyncpg_pool
+from .bare_drivers import BareAsyncpg, BarePsycopg, BareSqlite, RoundTrip, asyncpg_pool
 
 CONNECTIONS = 10  # of each contender's pool
 WAIT = 10.0  # seconds for a connection of the pool
@@ -67,9 +67,9 @@ class Contender:
         return self.name.startswith("raito")
 
     @property
-    def is_floor(self) -> bool:
+    def is_bare(self) -> bool:
         """Whether it is a bare driver."""
-        return self.name.startswith("floor")
+        return self.name.startswith("bare")
 
 
 @contextmanager
@@ -135,14 +135,14 @@ def contenders() -> list[Contender]:
         Contender("hybrid psycopg (threads)", "postgresql", partial(_hybrid_threads, "psycopg")),
         Contender("hybrid psycopg (async)", "postgresql", partial(_hybrid_async, "psycopg")),
         Contender("replaced asyncpg", "postgresql", partial(_replaced, "asyncpg")),
-        Contender("floor asyncpg", "postgresql", _floor_asyncpg),
-        Contender("floor psycopg (threads)", "postgresql", _floor_psycopg),
+        Contender("bare asyncpg", "postgresql", _bare_asyncpg),
+        Contender("bare psycopg (threads)", "postgresql", _bare_psycopg),
         Contender("RedisStorage", "redis", _redis),
         Contender("MemoryStorage", "memory", _memory),
         Contender("hybrid sqlite3 (threads)", "sqlite", partial(_hybrid_threads, "pysqlite")),
         Contender("hybrid aiosqlite", "sqlite", partial(_hybrid_async, "aiosqlite")),
         Contender("replaced aiosqlite", "sqlite", partial(_replaced, "aiosqlite")),
-        Contender("floor sqlite3 (threads)", "sqlite", _floor_sqlite3),
+        Contender("bare sqlite3 (threads)", "sqlite", _bare_sqlite3),
         Contender("hybrid asyncmy", "mysql", partial(_hybrid_async, "asyncmy")),
         Contender("hybrid pymysql (threads)", "mysql", partial(_hybrid_threads, "pymysql")),
         Contender("replaced asyncmy", "mysql", partial(_replaced, "asyncmy")),
@@ -249,29 +249,29 @@ async def _raito(url: URL, table: str) -> AsyncIterator[BaseStorage]:
 
 
 @asynccontextmanager
-async def _floor_asyncpg(url: URL, table: str) -> AsyncIterator[BaseStorage]:
+async def _bare_asyncpg(url: URL, table: str) -> AsyncIterator[BaseStorage]:
     with created_table(url, table):
         async with asyncpg_pool(_dsn(url), CONNECTIONS) as pool:
-            yield AsyncpgFloor(table, pool)
+            yield BareAsyncpg(table, pool)
 
 
 @asynccontextmanager
-async def _floor_psycopg(url: URL, table: str) -> AsyncIterator[BaseStorage]:
+async def _bare_psycopg(url: URL, table: str) -> AsyncIterator[BaseStorage]:
     with created_table(url, table):
         options = {"autocommit": True}
         pool: psycopg_pool.ConnectionPool[Any] = psycopg_pool.ConnectionPool(
             _dsn(url), min_size=1, max_size=CONNECTIONS, kwargs=options, open=True
         )
         with pool:
-            yield PsycopgFloor(table, pool, CONNECTIONS)
+            yield BarePsycopg(table, pool, CONNECTIONS)
 
 
 @asynccontextmanager
-async def _floor_sqlite3(url: URL, table: str) -> AsyncIterator[BaseStorage]:
+async def _bare_sqlite3(url: URL, table: str) -> AsyncIterator[BaseStorage]:
     with created_table(url, table):
         file = str(_driven(url, table, "pysqlite").database)
         connection = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
-        yield SqliteFloor(table, connection)
+        yield BareSqlite(table, connection)
         connection.close()
 
 

@@ -21,7 +21,7 @@ from .proxy import proxy
 from .results import Cell, Results
 from .work import BOTS, OPERATIONS, Act, Work, conversation, fill, named, on_data
 
-PATIENCE = 60.0  # seconds for the work of one turn
+TIMEOUT = 60.0  # seconds for the work of one turn
 ROUND_TRIP = "one round trip"
 
 
@@ -189,7 +189,7 @@ class Run:
         opened: Opened = {}
         turns: list[Turn] = []
         measured = [
-            each for each in self.compared("postgresql", "sqlite") if each.is_ours or each.is_floor
+            each for each in self.compared("postgresql", "sqlite") if each.is_ours or each.is_bare
         ]
         async with AsyncExitStack() as stack:
             for rows in self.scale.rows:
@@ -254,7 +254,7 @@ class Run:
             if rows:
                 add_rows(url, table, rows)
             try:
-                await asyncio.wait_for(fill(storage, conversation(1)), PATIENCE)
+                await asyncio.wait_for(fill(storage, conversation(1)), TIMEOUT)
             except Exception as error:
                 failed = self.results.cells[Cell("opening", "fill", "1")][contender.name]
                 failed.failure = _in_short(error)
@@ -313,7 +313,7 @@ async def _share(act: Act, storage: BaseStorage, keys: list[StorageKey], tasks: 
             latencies.append(time.perf_counter() - began)
 
     ends = asyncio.gather(*(work() for _ in range(tasks)), return_exceptions=True)
-    for end in await asyncio.wait_for(ends, PATIENCE):
+    for end in await asyncio.wait_for(ends, TIMEOUT):
         if end is not None:
             raise end
     return latencies

@@ -30,15 +30,15 @@ class Proxy:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
-        self._questions = process.stdin
-        self._answers = process.stdout
-        self.port = int(self._answers.readline())
+        self._stdin = process.stdin
+        self._stdout = process.stdout
+        self.port = int(self._stdout.readline())
 
     def counts(self) -> Counts:
         """Return what has gone through so far."""
-        self._questions.write("\n")
-        self._questions.flush()
-        statements, trips = map(int, self._answers.readline().split())
+        self._stdin.write("\n")
+        self._stdin.flush()
+        statements, trips = map(int, self._stdout.readline().split())
         return Counts(statements, trips)
 
     def in_front_of(self, url: URL) -> URL:

@@ -75,9 +75,9 @@ def tables(results: Results) -> Iterator[Table]:
     yield from _sizes(results)
     yield Table(
         "Goals: the worst of an operation's medians",
-        ["goal", "asked", "measured", ""],
+        ["goal", "wanted", "measured", ""],
         [
-            [goal.what, goal.asked, f"{_number(goal.measured)}{goal.unit}", goal.verdict]
+            [goal.what, goal.wanted, f"{_number(goal.measured)}{goal.unit}", goal.verdict]
             for goal in goals(results)
         ],
     )
