@@ -1,4 +1,4 @@
-"""The ways in that every test of behaviour runs on: a driver, and a factory of either kind."""
+"""The backends that every test of behaviour runs on: a driver, and a factory of either kind."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ POSTGRES_URL = os.environ.get("HYBRID_STORAGE_POSTGRES_URL")
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way in."""
+class Backend:
+    """A driver of a database, and a kind of session factory."""
 
     name: str
     server: str
@@ -40,7 +40,7 @@ class Way:
         return create(url.set(drivername=f"{url.get_backend_name()}+{self.driver}"), **options)
 
     def factory(self, engine: Engine | AsyncEngine) -> Any:
-        """Return a session factory of this way's kind."""
+        """Return a session factory of this backend's kind."""
         if self.wrap is not None:
             return self.wrap(engine)
         if isinstance(engine, AsyncEngine):
@@ -71,21 +71,23 @@ def mysql_version() -> str | None:
 
 
 SQLITE = [
-    Way("sqlite3", "sqlite", "pysqlite", is_async=False),
-    Way("aiosqlite", "sqlite", "aiosqlite", is_async=True),
+    Backend("sqlite3", "sqlite", "pysqlite", is_async=False),
+    Backend("aiosqlite", "sqlite", "aiosqlite", is_async=True),
 ]
 POSTGRESQL = [
-    Way("psycopg", "postgresql", "psycopg", is_async=False),
-    Way("psycopg-async", "postgresql", "psycopg", is_async=True),
-    Way("asyncpg", "postgresql", "asyncpg", is_async=True),
+    Backend("psycopg", "postgresql", "psycopg", is_async=False),
+    Backend("psycopg-async", "postgresql", "psycopg", is_async=True),
+    Backend("asyncpg", "postgresql", "asyncpg", is_async=True),
 ]
 MARIADB = [
-    Way("pymysql", "mariadb", "pymysql", is_async=False),
-    Way("asyncmy", "mariadb", "asyncmy", is_async=True),
+    Backend("pymysql", "mariadb", "pymysql", is_async=False),
+    Backend("asyncmy", "mariadb", "asyncmy", is_async=True),
 ]
 FACTORIES = [
-    Way("scoped", "sqlite", "pysqlite", False, lambda engine: scoped_session(sessionmaker(engine))),
-    Way(
+    Backend(
+        "scoped", "sqlite", "pysqlite", False, lambda engine: scoped_session(sessionmaker(engine))
+    ),
+    Backend(
         "old-style",
         "sqlite",
         "aiosqlite",
@@ -94,6 +96,6 @@ FACTORIES = [
     ),
 ]
 SERVERS = [*SQLITE, *POSTGRESQL, *(MARIADB if mysql_version() else [])]
-"""One way for each driver that has a server here."""
-WAYS = [*SERVERS, *FACTORIES]
-"""All ways in."""
+"""One backend for each driver that has a server here."""
+BACKENDS = [*SERVERS, *FACTORIES]
+"""All backends."""

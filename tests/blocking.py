@@ -9,11 +9,11 @@ from typing import Any
 
 import anyio
 from aiogram.fsm.storage.base import StorageKey
+from backends import SERVERS, Backend
 from sqlalchemy import URL, Connection, Engine, event, func, select, text
 from sqlalchemy.pool import NullPool, Pool
-from ways import SERVERS, Way
 
-from hybrid_storage import SQLAlchemyStorage
+from hybrid_storage import FullKeyBuilder, SQLAlchemyStorage
 
 PATIENCE = 30  # seconds: a test whose condition never comes is to fail, not to hang
 
@@ -21,23 +21,18 @@ PATIENCE = 30  # seconds: a test whose condition never comes is to fail, not to 
 class Lock:
     """A conversation's row, locked by an open transaction of a connection of its own.
 
-    ``connection`` is synchronous, whatever the storage's way in is.
+    ``connection`` is synchronous, whatever the storage's backend is.
     """
 
     def __init__(self, connection: Connection, storage: SQLAlchemyStorage, row: str) -> None:
         self.connection = connection
         self._table = storage.table
         self._row = row
-        pool: Any = storage._runner.open()[1].engine.pool
-        self._has_begun: Callable[[], bool] = lambda: pool.checkedout() > 0
-        if isinstance(pool, NullPool):  # which does not count, but connects for each call
-            opened: list[object] = []
-            event.listen(pool, "connect", lambda *_: opened.append(None))
-            self._has_begun = lambda: bool(opened)
+        self._begun: list[tuple[Engine, str]] = []
 
     async def is_waited_for(self) -> None:
         """Wait until a statement of the storage has begun and waits for the lock."""
-        await until(self._has_begun)
+        await until(lambda: bool(self._begun))
         if self.connection.dialect.name == "postgresql":
             waiting = text(
                 "SELECT count(*) FROM pg_locks"
@@ -77,17 +72,26 @@ class Lock:
         )
         assert self.connection.scalar(found) == 1, "there is no row to lock"
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Lock the row, and take note of what begins from then on."""
+        self._acquire()
+        with statements(self._table.name) as self._begun:
+            yield
+
 
 @contextmanager
-def locked(way: Way, url: URL, storage: SQLAlchemyStorage, key: StorageKey) -> Iterator[Lock]:
+def locked(
+    backend: Backend, url: URL, storage: SQLAlchemyStorage, key: StorageKey
+) -> Iterator[Lock]:
     """Lock the row of a conversation, which must be there, until released or left."""
-    row = storage._codec.row(key)
-    holder = next(each for each in SERVERS if each.server == way.server and not each.is_async)
+    row = FullKeyBuilder().build(key)
+    holder = next(each for each in SERVERS if each.server == backend.server and not each.is_async)
     engine: Any = holder.engine(url, poolclass=NullPool)
     with engine.connect() as connection:
         lock = Lock(connection, storage, row)
-        lock._acquire()
-        yield lock
+        with lock.held():
+            yield lock
 
 
 @contextmanager

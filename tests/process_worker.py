@@ -8,9 +8,9 @@ import sys
 from typing import Any
 
 from aiogram.fsm.storage.base import StorageKey
+from backends import SERVERS
 from blocking import sqlite_without_fsync
 from sqlalchemy import URL, Engine, make_url
-from ways import SERVERS
 
 from hybrid_storage import SQLAlchemyStorage
 
@@ -19,9 +19,9 @@ KEY = StorageKey(bot_id=42, chat_id=-1001234567890, user_id=7)
 
 async def carry_out(command: dict[str, Any], url: URL) -> None:
     """Set fields of a conversation's data; create the table first if so told."""
-    way = next(each for each in SERVERS if each.name == command["way"])
-    engine = way.engine(url)
-    storage = SQLAlchemyStorage(way.factory(engine), table_name=command["table"])
+    backend = next(each for each in SERVERS if each.name == command["backend"])
+    engine = backend.engine(url)
+    storage = SQLAlchemyStorage(backend.factory(engine), table_name=command["table"])
     if command["create"]:
         await storage.create_table()
     await asyncio.gather(*(storage.update_data(KEY, {name: name}) for name in command["fields"]))

@@ -16,11 +16,11 @@ from alembic import command
 from alembic.config import Config
 from alembic.operations.ops import CreateTableOp, DropTableOp, MigrationScript
 from alembic.script import Script
+from backends import SERVERS, Backend
 from conftest import rows
 from sqlalchemy import URL, Connection, Engine, MetaData, func, inspect
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
-from ways import SERVERS, Way
 
 from hybrid_storage import FSMData, SQLAlchemyStorage, declare_model
 
@@ -109,12 +109,12 @@ class Application:
 
 @pytest.fixture(params=SERVERS, ids=str)
 async def application(
-    request: pytest.FixtureRequest, url_of: Callable[[Way], URL], tmp_path: Path
-) -> AsyncIterator[tuple[Application, Way]]:
-    """Return an application on each way in; at the end its tables are dropped."""
-    way: Way = request.param
-    application = Application(way.engine(url_of(way)), tmp_path)
-    yield application, way
+    request: pytest.FixtureRequest, url_of: Callable[[Backend], URL], tmp_path: Path
+) -> AsyncIterator[tuple[Application, Backend]]:
+    """Return an application on each backend; at the end its tables are dropped."""
+    backend: Backend = request.param
+    application = Application(backend.engine(url_of(backend)), tmp_path)
+    yield application, backend
 
     def drop(connection: Connection) -> None:
         application.metadata.drop_all(connection)
@@ -126,32 +126,34 @@ async def application(
         await disposed
 
 
-def declare_by_constructor(application: Application, way: Way) -> Any:
+def declare_by_constructor(application: Application, backend: Backend) -> Any:
     """Declare the table as bots do that import their storage in Alembic's env.py."""
-    return SQLAlchemyStorage(way.factory(application.engine), application.base, application.name)
-
-
-def declare_by_metadata(application: Application, way: Way) -> Any:
-    """Declare the table without any session factory, next to the application's own models."""
-    declare_model(application.metadata, application.name)
     return SQLAlchemyStorage(
-        way.factory(application.engine), application.metadata, application.name
+        backend.factory(application.engine), application.base, application.name
     )
 
 
-def declare_by_model(application: Application, way: Way) -> Any:
+def declare_by_metadata(application: Application, backend: Backend) -> Any:
+    """Declare the table without any session factory, next to the application's own models."""
+    declare_model(application.metadata, application.name)
+    return SQLAlchemyStorage(
+        backend.factory(application.engine), application.metadata, application.name
+    )
+
+
+def declare_by_model(application: Application, backend: Backend) -> Any:
     """Declare a model of the application's own."""
 
     class Conversation(FSMData, application.base):  # type: ignore[name-defined, misc]
         __tablename__ = application.name
         changed_at: Mapped[datetime] = mapped_column(default=func.now(), onupdate=func.now())
 
-    return SQLAlchemyStorage(way.factory(application.engine), table_name=Conversation)
+    return SQLAlchemyStorage(backend.factory(application.engine), table_name=Conversation)
 
 
-def declare_with_isolation(application: Application, way: Way) -> Any:
+def declare_with_isolation(application: Application, backend: Backend) -> Any:
     """Declare the table of event isolation too."""
-    storage = declare_by_constructor(application, way)
+    storage = declare_by_constructor(application, backend)
     storage.create_isolation()
     return storage
 
@@ -173,13 +175,13 @@ def only(kind: type[T], operations: Sequence[object]) -> list[T]:
     ],
 )
 async def test_the_first_revision_creates_what_is_declared_and_the_next_is_empty(
-    application: tuple[Application, Way],
+    application: tuple[Application, Backend],
     key: StorageKey,
-    declare: Callable[[Application, Way], SQLAlchemyStorage[Any]],
+    declare: Callable[[Application, Backend], SQLAlchemyStorage[Any]],
     suffixes: list[str],
 ) -> None:
-    app, way = application
-    storage = declare(app, way)
+    app, backend = application
+    storage = declare(app, backend)
     first, text = await app.revision()
     assert first.upgrade_ops is not None
     assert first.downgrade_ops is not None
@@ -217,9 +219,9 @@ async def test_the_first_revision_creates_what_is_declared_and_the_next_is_empty
 
 
 async def test_a_table_of_the_storages_own_making_needs_no_revision(
-    application: tuple[Application, Way],
+    application: tuple[Application, Backend],
 ) -> None:
-    app, way = application
-    storage = declare_by_constructor(app, way)
+    app, backend = application
+    storage = declare_by_constructor(app, backend)
     await storage.create_table()
     await app.alembic(command.check)

@@ -1,4 +1,4 @@
-"""Calls at once: no write is lost, no row is left over, nothing fails, on every way in."""
+"""Calls at once: no write is lost, no row is left over, nothing fails, on every backend."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 from aiogram.fsm.storage.base import StorageKey
+from backends import Backend
 from blocking import sqlite_without_fsync
 from conftest import Open, rows
-from ways import Way
 
 from hybrid_storage import SQLAlchemyStorage
 
@@ -25,9 +25,9 @@ def fast() -> Iterator[None]:
 
 
 @pytest.fixture
-async def storage(way: Way, open_storage: Open) -> SQLAlchemyStorage:
+async def storage(backend: Backend, open_storage: Open) -> SQLAlchemyStorage:
     """Return a storage that tries again only where it must: MariaDB ends deadlocks by an error."""
-    opened = await open_storage(way, retry_for=30 if way.server == "mariadb" else 0)
+    opened = await open_storage(backend, retry_for=30 if backend.server == "mariadb" else 0)
     assert isinstance(opened, SQLAlchemyStorage)
     return opened
 

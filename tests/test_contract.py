@@ -1,4 +1,4 @@
-"""aiogram's storage contract, sentence by sentence, on every way in; then what only ours adds."""
+"""aiogram's storage contract, sentence by sentence, on every backend; then what only ours adds."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from aiogram.fsm.storage.base import (
     StateType,
     StorageKey,
 )
-from conftest import Open, in_session, rows
-from ways import Way
+from backends import Backend
+from conftest import Open, rows
 
 from hybrid_storage import SQLAlchemyStorage
 
@@ -352,9 +352,7 @@ async def test_a_storage_that_was_closed_goes_on(any_storage: BaseStorage, key: 
 
 async def insert(storage: SQLAlchemyStorage, **values: Any) -> None:
     """Write a row past the storage."""
-    await in_session(
-        storage, lambda session: session.execute(storage.table.insert().values(values))
-    )
+    await storage.run_sync(lambda session: session.execute(storage.table.insert().values(values)))
 
 
 async def test_a_row_holds_the_key_the_state_and_the_data_as_json(
@@ -557,11 +555,11 @@ JSON: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("options", JSON.values(), ids=JSON)
 async def test_other_json_functions_write_what_every_other_reads(
-    way: Way, open_storage: Open, key: StorageKey, options: dict[str, Any]
+    backend: Backend, open_storage: Open, key: StorageKey, options: dict[str, Any]
 ) -> None:
-    storage = await open_storage(way, json_loads=loads_text)
+    storage = await open_storage(backend, json_loads=loads_text)
     other = await open_storage(
-        way, table_name=storage.model, **{"json_loads": loads_text, **options}
+        backend, table_name=storage.model, **{"json_loads": loads_text, **options}
     )
     data = {"name": "Bób 🚀", "seen": [1, 2.5, None, True], "form": {"a\0b": "\\'\""}}
     await other.set_data(key, data)
@@ -598,9 +596,9 @@ class OneArgument(KeyBuilder):
     ],
 )
 async def test_a_key_builder_makes_the_rows_id(
-    way: Way, open_storage: Open, key: StorageKey, key_builder: KeyBuilder, row: str
+    backend: Backend, open_storage: Open, key: StorageKey, key_builder: KeyBuilder, row: str
 ) -> None:
-    storage = await open_storage(way, key_builder=key_builder)
+    storage = await open_storage(backend, key_builder=key_builder)
     await storage.set_state(key, "form:name")
     await storage.set_data(key, {"name": "Ada"})
     await storage.update_data(key, {"age": 36})

@@ -17,12 +17,12 @@ from aiogram.fsm.state import State, StatesGroup
 from aiogram.fsm.storage.base import BaseStorage, DefaultKeyBuilder, KeyBuilder, StorageKey
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from conftest import Open, in_session, rows
+from backends import POSTGRESQL, SERVERS, SQLITE, Backend
+from conftest import Open, rows
 from sqlalchemy import URL, MetaData, text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, declarative_base, sessionmaker
 from sqlalchemy_storage import SQLAlchemyStorage as FormerStorage
-from ways import POSTGRESQL, SERVERS, SQLITE, Way
 
 from hybrid_storage import SQLAlchemyStorage
 
@@ -30,7 +30,7 @@ README = Path(__file__).parents[1] / "README.md"
 SQLITE3, AIOSQLITE = SQLITE
 PSYCOPG, ASYNCPG = POSTGRESQL[0], POSTGRESQL[-1]
 
-on_each_way = pytest.mark.parametrize("way", [SQLITE3, AIOSQLITE, PSYCOPG, ASYNCPG], ids=str)
+on_each_way = pytest.mark.parametrize("backend", [SQLITE3, AIOSQLITE, PSYCOPG, ASYNCPG], ids=str)
 
 
 class Form(StatesGroup):
@@ -53,10 +53,10 @@ class Former:
 
 
 @pytest.fixture
-async def former(url_of: Callable[[Way], URL], way: Way) -> AsyncIterator[Former]:
-    """Return the former storage on the server of a way, without a table so far."""
-    driver = {"sqlite": AIOSQLITE, "postgresql": ASYNCPG}[way.server]
-    former = Former(driver.engine(url_of(way)), f"fsm_{uuid.uuid4().hex}")
+async def former(url_of: Callable[[Backend], URL], backend: Backend) -> AsyncIterator[Former]:
+    """Return the former storage on the server of a backend, without a table so far."""
+    driver = {"sqlite": AIOSQLITE, "postgresql": ASYNCPG}[backend.server]
+    former = Former(driver.engine(url_of(backend)), f"fsm_{uuid.uuid4().hex}")
     yield former
     async with former.engine.begin() as connection:
         await connection.run_sync(former.metadata.drop_all)
@@ -64,11 +64,11 @@ async def former(url_of: Callable[[Way], URL], way: Way) -> AsyncIterator[Former
 
 
 @pytest.fixture
-async def ours(way: Way, former: Former, open_storage: Open) -> SQLAlchemyStorage:
+async def ours(backend: Backend, former: Former, open_storage: Open) -> SQLAlchemyStorage:
     """Return our storage, configured as the documents say, on the table that the former made."""
     await former.create_table()
     [table_name] = former.metadata.tables
-    storage = await open_storage(way, table_name=table_name, key_builder=DefaultKeyBuilder())
+    storage = await open_storage(backend, table_name=table_name, key_builder=DefaultKeyBuilder())
     assert isinstance(storage, SQLAlchemyStorage)
     return storage
 
@@ -139,7 +139,9 @@ STEPS: dict[str, Callable[[BaseStorage, StorageKey], Any]] = {
 
 
 @on_each_way
-async def test_both_leave_the_same_rows(former: Former, ours: SQLAlchemyStorage, way: Way) -> None:
+async def test_both_leave_the_same_rows(
+    former: Former, ours: SQLAlchemyStorage, backend: Backend
+) -> None:
     """After every step of a walk that takes each step after each other one."""
     key = KEYS[0]
     walk = itertools.chain.from_iterable(itertools.product(STEPS, repeat=2))
@@ -166,14 +168,14 @@ async def test_both_leave_the_same_rows(former: Former, ours: SQLAlchemyStorage,
 async def test_other_json_functions_read_the_formers_rows(
     former: Former,
     ours: SQLAlchemyStorage,
-    way: Way,
+    backend: Backend,
     open_storage: Open,
     dumps: Callable[..., Any],
     loads: Callable[..., Any],
 ) -> None:
     key = KEYS[0]
     storage = await open_storage(
-        way,
+        backend,
         table_name=ours.table.name,
         key_builder=DefaultKeyBuilder(),
         json_dumps=dumps,
@@ -203,13 +205,15 @@ async def test_the_formers_table_is_ours_without_any_migration(
         )
         return list(compare_metadata(context, ours.metadata))
 
-    assert await in_session(ours, differences) == []
+    assert await ours.run_sync(differences) == []
 
 
 @on_each_way
-async def test_our_table_serves_the_former(former: Former, way: Way, open_storage: Open) -> None:
+async def test_our_table_serves_the_former(
+    former: Former, backend: Backend, open_storage: Open
+) -> None:
     [table_name] = former.metadata.tables
-    ours = await open_storage(way, table_name=table_name, key_builder=DefaultKeyBuilder())
+    ours = await open_storage(backend, table_name=table_name, key_builder=DefaultKeyBuilder())
     await former.create_table()
     await former.storage.set_state(KEYS[0], "form:name")
     await former.storage.set_data(KEYS[0], DATA)
@@ -217,13 +221,15 @@ async def test_our_table_serves_the_former(former: Former, way: Way, open_storag
     assert await ours.get_data(KEYS[0]) == DATA
 
 
-@pytest.mark.parametrize("way", [AIOSQLITE], ids=str)
-async def test_both_work_on_the_same_metadata(former: Former, open_storage: Open, way: Way) -> None:
+@pytest.mark.parametrize("backend", [AIOSQLITE], ids=str)
+async def test_both_work_on_the_same_metadata(
+    former: Former, open_storage: Open, backend: Backend
+) -> None:
     """While an application changes from one to the other, it may construct both."""
     await former.create_table()
     [table_name] = former.metadata.tables
     ours = await open_storage(
-        way, metadata=former.metadata, table_name=table_name, key_builder=DefaultKeyBuilder()
+        backend, metadata=former.metadata, table_name=table_name, key_builder=DefaultKeyBuilder()
     )
     assert ours.table is former.metadata.tables[table_name]
     await former.storage.set_state(KEYS[0], "form:name")
@@ -242,11 +248,11 @@ class CustomKeyBuilder(KeyBuilder):
 
 @on_each_way
 async def test_a_key_builder_of_one_argument_finds_the_formers_rows(
-    former: Former, ours: SQLAlchemyStorage, way: Way, open_storage: Open
+    former: Former, ours: SQLAlchemyStorage, backend: Backend, open_storage: Open
 ) -> None:
     [table_name] = former.metadata.tables
     old = FormerStorage(former.factory, MetaData(), table_name, CustomKeyBuilder())
-    new = await open_storage(way, table_name=table_name, key_builder=CustomKeyBuilder())
+    new = await open_storage(backend, table_name=table_name, key_builder=CustomKeyBuilder())
     await old.set_state(KEYS[0], "form:name")
     assert await new.get_state(KEYS[0]) == "form:name"
     assert await new.update_data(KEYS[0], {"name": "Ada"}) == {"name": "Ada"}
@@ -255,28 +261,28 @@ async def test_a_key_builder_of_one_argument_finds_the_formers_rows(
     assert await old.get_state(KEYS[0]) is None
 
 
-@pytest.mark.parametrize("way", SERVERS, ids=str)
+@pytest.mark.parametrize("backend", SERVERS, ids=str)
 async def test_the_readmes_statement_gives_old_rows_keys_of_one_bot(
-    way: Way, open_storage: Open
+    backend: Backend, open_storage: Open
 ) -> None:
-    old = await open_storage(way, key_builder=DefaultKeyBuilder())
+    old = await open_storage(backend, key_builder=DefaultKeyBuilder())
     group = StorageKey(bot_id=42, chat_id=-1001, user_id=8)
     for key in (*KEYS, group):
         await old.set_state(key, "form:name")
     [statement] = re.findall(r"```sql\n(.*?)```", README.read_text(), re.DOTALL)
     statement = statement.replace("aiogram_fsm_data", old.table.name)
-    await in_session(old, lambda session: session.execute(text(statement)).close())
-    new = await open_storage(way, table_name=old.table.name)
+    await old.run_sync(lambda session: session.execute(text(statement)).close())
+    new = await open_storage(backend, table_name=old.table.name)
     assert await new.get_state(KEYS[0]) == await new.get_state(group) == "form:name"
     assert await new.get_state(KEYS[1]) is None  # more than a chat and a user: left alone
     assert len(await rows(new)) == 4
 
 
-@pytest.mark.parametrize("way", SQLITE, ids=str)
+@pytest.mark.parametrize("backend", SQLITE, ids=str)
 async def test_by_default_the_key_is_what_the_formers_documents_say(
-    former: Former, ours: SQLAlchemyStorage, way: Way, open_storage: Open
+    former: Former, ours: SQLAlchemyStorage, backend: Backend, open_storage: Open
 ) -> None:
-    storage = await open_storage(way, table_name=ours.table.name)
+    storage = await open_storage(backend, table_name=ours.table.name)
     await storage.set_state(KEYS[0], "form:name")
     assert await rows(storage) == [("42:7:7", "form:name", None)]
     assert await former.storage.get_state(KEYS[0]) is None
@@ -401,12 +407,14 @@ def test_a_session_factory_is_needed(names: list[str]) -> None:
         construct_by_former_names(names, sessionmaker(), declarative_base())
 
 
-@pytest.mark.parametrize("way", SQLITE, ids=str)
-async def test_with_former_names_the_storage_works(way: Way, url_of: Callable[[Way], URL]) -> None:
-    engine = way.engine(url_of(way))
+@pytest.mark.parametrize("backend", SQLITE, ids=str)
+async def test_with_former_names_the_storage_works(
+    backend: Backend, url_of: Callable[[Backend], URL]
+) -> None:
+    engine = backend.engine(url_of(backend))
     base = declarative_base()
     with pytest.warns(DeprecationWarning, match="is now SQLAlchemyStorage"):
-        storage = SQLAlchemyStorage(session=way.factory(engine), base=base)
+        storage = SQLAlchemyStorage(session=backend.factory(engine), base=base)
     await storage.create_table()
     await storage.set_state(KEYS[0], "form:name")
     assert await rows(storage) == [("42:7:7", "form:name", None)]

@@ -19,7 +19,8 @@ from typing import Any, ClassVar
 import pytest
 from aiogram.fsm.storage.base import StorageKey
 from aiogram.fsm.storage.memory import MemoryStorage
-from conftest import Open, dispose, in_session, rows
+from backends import POSTGRESQL, SQLITE, Backend
+from conftest import Open, dispose, rows
 from sqlalchemy import URL, Engine, MetaData, Table, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, UnboundExecutionError
 from sqlalchemy.ext.asyncio import (
@@ -31,7 +32,6 @@ from sqlalchemy.ext.asyncio import (
 )
 from sqlalchemy.orm import DeclarativeBase, Session, scoped_session, sessionmaker
 from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool, StaticPool
-from ways import POSTGRESQL, SQLITE, Way
 
 from hybrid_storage import FullKeyBuilder, SQLAlchemyStorage, declare_model
 
@@ -65,7 +65,7 @@ def statement_threads(engine: Engine | AsyncEngine) -> Iterator[set[int]]:
 # What is taken
 
 
-FITTING: dict[str, tuple[Way, Callable[[Any], Any]]] = {
+FITTING: dict[str, tuple[Backend, Callable[[Any], Any]]] = {
     "sessionmaker": (SYNC, sessionmaker),
     "sessionmaker of a Session subclass": (SYNC, lambda e: sessionmaker(e, class_=AppSession)),
     "scoped_session": (SYNC, lambda e: scoped_session(sessionmaker(e))),
@@ -90,11 +90,14 @@ FITTING: dict[str, tuple[Way, Callable[[Any], Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("way", "factory"), FITTING.values(), ids=FITTING)
+@pytest.mark.parametrize(("backend", "factory"), FITTING.values(), ids=FITTING)
 async def test_sync_factories_are_used_in_threads_and_async_ones_in_the_loop(
-    way: Way, factory: Callable[[Any], Any], url_of: Callable[[Way], URL], key: StorageKey
+    backend: Backend,
+    factory: Callable[[Any], Any],
+    url_of: Callable[[Backend], URL],
+    key: StorageKey,
 ) -> None:
-    engine = way.engine(url_of(way))
+    engine = backend.engine(url_of(backend))
     storage = SQLAlchemyStorage(factory(engine))
     with statement_threads(engine) as threads:
         await storage.create_table()
@@ -102,19 +105,19 @@ async def test_sync_factories_are_used_in_threads_and_async_ones_in_the_loop(
         assert await storage.update_data(key, {"name": "Ada"}) == {"name": "Ada"}
         assert await storage.get_state(key) == "waiting"
     here = threading.get_ident()
-    assert threads == {here} if way.is_async else here not in threads
+    assert threads == {here} if backend.is_async else here not in threads
     await dispose(engine)
 
 
-@pytest.mark.parametrize("way", SQLITE, ids=str)
+@pytest.mark.parametrize("backend", SQLITE, ids=str)
 async def test_an_engine_may_come_later(
-    way: Way, url_of: Callable[[Way], URL], key: StorageKey
+    backend: Backend, url_of: Callable[[Backend], URL], key: StorageKey
 ) -> None:
-    factory: Any = async_sessionmaker() if way.is_async else sessionmaker()
+    factory: Any = async_sessionmaker() if backend.is_async else sessionmaker()
     storage = SQLAlchemyStorage(factory)
     with pytest.raises(UnboundExecutionError):
         await storage.get_state(key)
-    engine = way.engine(url_of(way))
+    engine = backend.engine(url_of(backend))
     factory.configure(bind=engine)
     await storage.create_table()
     await storage.set_state(key, "waiting")
@@ -123,9 +126,9 @@ async def test_an_engine_may_come_later(
 
 
 @pytest.mark.parametrize("by", ["model", "base", "table"])
-@pytest.mark.parametrize("way", SQLITE, ids=str)
+@pytest.mark.parametrize("backend", SQLITE, ids=str)
 async def test_binds_choose_the_engine(
-    way: Way, by: str, url_of: Callable[[Way], URL], key: StorageKey, tmp_path: Path
+    backend: Backend, by: str, url_of: Callable[[Backend], URL], key: StorageKey, tmp_path: Path
 ) -> None:
     class Base(DeclarativeBase):
         pass
@@ -133,10 +136,10 @@ async def test_binds_choose_the_engine(
     model = declare_model(Base, "conversation")
     bound_to: dict[str, Any] = {"model": model, "base": Base, "table": Base.metadata.tables}
     table = Base.metadata.tables["conversation"]
-    engine = way.engine(url_of(way))
+    engine = backend.engine(url_of(backend))
     binds = {table if by == "table" else bound_to[by]: engine}
-    elsewhere = way.engine(URL.create("sqlite", database=str(tmp_path / "elsewhere.db")))
-    make: Any = async_sessionmaker if way.is_async else sessionmaker
+    elsewhere = backend.engine(URL.create("sqlite", database=str(tmp_path / "elsewhere.db")))
+    make: Any = async_sessionmaker if backend.is_async else sessionmaker
     storage = SQLAlchemyStorage(make(elsewhere, binds=binds), Base, "conversation")
     with statement_threads(elsewhere) as elsewhere_used:
         await storage.create_table()
@@ -149,9 +152,9 @@ async def test_binds_choose_the_engine(
 
 
 @pytest.mark.parametrize("flushed", [False, True])
-@pytest.mark.parametrize("way", POSTGRESQL, ids=str)
+@pytest.mark.parametrize("backend", POSTGRESQL, ids=str)
 async def test_an_applications_scoped_session_is_not_committed(
-    way: Way, flushed: bool, open_storage: Open, key: StorageKey
+    backend: Backend, flushed: bool, open_storage: Open, key: StorageKey
 ) -> None:
     app_sessions: list[Any] = []
 
@@ -159,7 +162,7 @@ async def test_an_applications_scoped_session_is_not_committed(
         # One scope for all, so that nothing but the storage's own care keeps the sessions apart.
         session = (
             async_scoped_session(async_sessionmaker(engine), scopefunc=lambda: "the app")
-            if way.is_async
+            if backend.is_async
             else scoped_session(sessionmaker(engine), scopefunc=lambda: "the app")
         )
         app_sessions.append(session)
@@ -167,10 +170,10 @@ async def test_an_applications_scoped_session_is_not_committed(
 
     async def in_app(method: str) -> None:
         result = getattr(app_sessions[0], method)()
-        if way.is_async:
+        if backend.is_async:
             await result
 
-    storage = await open_storage(replace(way, wrap=scoped))
+    storage = await open_storage(replace(backend, wrap=scoped))
     pending = storage.model(id="of the application", state="uncommitted")
     app_sessions[0].add(pending)
     if flushed:
@@ -276,7 +279,7 @@ def test_a_wrong_factory_is_refused_with_what_came_and_what_to_pass(
 
 def test_nothing_at_all_is_refused() -> None:
     with pytest.raises(TypeError, match="needs a sessionmaker or an async_sessionmaker"):
-        SQLAlchemyStorage()  # type: ignore[call-overload]
+        SQLAlchemyStorage()
 
 
 LATE: dict[str, tuple[Callable[[], Any], Callable[[], object], str]] = {
@@ -495,25 +498,29 @@ def pools() -> Iterator[list[Any]]:
     SyncPool.made.clear()
 
 
-def url_by_driver(way: Way, url: URL) -> URL:
+def url_by_driver(backend: Backend, url: URL) -> URL:
     # "psycopg" alone stands for its synchronous side.
-    driver = "psycopg_async" if way.name == "psycopg-async" else way.driver
+    driver = "psycopg_async" if backend.name == "psycopg-async" else backend.driver
     return url.set(drivername=f"{url.get_backend_name()}+{driver}")
 
 
-@pytest.mark.parametrize("way", [*SQLITE, *POSTGRESQL], ids=str)
+@pytest.mark.parametrize("backend", [*SQLITE, *POSTGRESQL], ids=str)
 @pytest.mark.parametrize("as_text", [False, True], ids=["URL", "str"])
 async def test_a_storage_made_of_a_url_passes_options_on_and_disposes_its_engine(
-    way: Way, as_text: bool, url_of: Callable[[Way], URL], key: StorageKey, pools: list[Any]
+    backend: Backend,
+    as_text: bool,
+    url_of: Callable[[Backend], URL],
+    key: StorageKey,
+    pools: list[Any],
 ) -> None:
-    url = url_by_driver(way, url_of(way))
+    url = url_by_driver(backend, url_of(backend))
     metadata = MetaData()
     storage = SQLAlchemyStorage.from_url(
         url.render_as_string(hide_password=False) if as_text else url,
         metadata=metadata,
         table_name=f"fsm_{uuid.uuid4().hex}",
         json_dumps=lambda data: json.dumps(data).encode(),
-        poolclass=AsyncPool if way.is_async else SyncPool,
+        poolclass=AsyncPool if backend.is_async else SyncPool,
         pool_size=3,
         max_overflow=0,
     )
@@ -529,17 +536,17 @@ async def test_a_storage_made_of_a_url_passes_options_on_and_disposes_its_engine
 
     assert len(await storage.get_data(key)) == 10  # it can be used afterwards
     assert pools[-1].checkedin() == 1
-    await in_session(storage, lambda session: storage.table.drop(session.connection()))
+    await storage.run_sync(lambda session: storage.table.drop(session.connection()))
     await storage.close()
     assert [pool.checkedin() for pool in pools] == [0] * len(pools)
 
 
-@pytest.mark.parametrize("way", SQLITE, ids=str)
+@pytest.mark.parametrize("backend", SQLITE, ids=str)
 async def test_an_engine_of_the_application_outlives_the_storage(
-    way: Way, url_of: Callable[[Way], URL], key: StorageKey
+    backend: Backend, url_of: Callable[[Backend], URL], key: StorageKey
 ) -> None:
-    engine = way.engine(url_of(way))
-    storage = SQLAlchemyStorage(way.factory(engine))
+    engine = backend.engine(url_of(backend))
+    storage = SQLAlchemyStorage(backend.factory(engine))
     await storage.create_table()
     pool: Any = engine.pool
     assert pool.checkedin() == 1
@@ -564,14 +571,14 @@ async def test_a_storage_made_of_a_url_to_memory_works_with_the_async_driver(
     await storage.close()
 
 
-@pytest.mark.parametrize("way", SQLITE, ids=str)
+@pytest.mark.parametrize("backend", SQLITE, ids=str)
 async def test_execution_options_of_sessions_are_obeyed(
-    way: Way, url_of: Callable[[Way], URL], key: StorageKey
+    backend: Backend, url_of: Callable[[Backend], URL], key: StorageKey
 ) -> None:
-    engine: Any = way.engine(url_of(way))
-    made = SQLAlchemyStorage(way.factory(engine), table_name="fsm_of_a_tenant")
+    engine: Any = backend.engine(url_of(backend))
+    made = SQLAlchemyStorage(backend.factory(engine), table_name="fsm_of_a_tenant")
     await made.create_table()
-    factory: Any = async_sessionmaker if way.is_async else sessionmaker
+    factory: Any = async_sessionmaker if backend.is_async else sessionmaker
     sessions = factory(engine, execution_options={"schema_translate_map": {"nowhere": None}})
     storage = SQLAlchemyStorage(sessions, MetaData(schema="nowhere"), table_name="fsm_of_a_tenant")
     await storage.set_state(key, "Form:name")

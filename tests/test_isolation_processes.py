@@ -21,10 +21,10 @@ from signal import SIGKILL
 
 import anyio
 import pytest
-from conftest import Open, in_session
+from backends import SERVERS, Backend
+from conftest import Open
 from isolation_worker import KEYS, Job, count_file, events, work
 from sqlalchemy import URL
-from ways import SERVERS, Way
 
 from hybrid_storage import SQLAlchemyStorage
 
@@ -38,32 +38,32 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["hybrid_storage", "sqlalchemy.ext.asyncio", "asyncpg", "aiosqlite"])
 
 on_each_server = pytest.mark.parametrize(
-    "ways",
+    "backends",
     [
-        pytest.param(ways, id=server)
-        for server in dict.fromkeys(way.server for way in SERVERS)
-        if (ways := [way for way in SERVERS if way.server == server])
+        pytest.param(backends, id=server)
+        for server in dict.fromkeys(backend.server for backend in SERVERS)
+        if (backends := [backend for backend in SERVERS if backend.server == server])
     ],
 )
 
 
 @pytest.fixture
 async def jobs(
-    ways: list[Way], open_storage: Open, url_of: Callable[[Way], URL], tmp_path: Path
+    backends: list[Backend], open_storage: Open, url_of: Callable[[Backend], URL], tmp_path: Path
 ) -> AsyncIterator[list[Job]]:
-    """Return a job for each process: one storage, and all the ways in to its server in turn."""
-    storage = await open_storage(ways[0], table_name=f"fsm_{uuid.uuid4().hex}")
+    """Return a job for each process: one storage, and all the backends of its server in turn."""
+    storage = await open_storage(backends[0], table_name=f"fsm_{uuid.uuid4().hex}")
     storage.create_isolation()
     await storage.create_table()
     folder = tmp_path / "traces"
     folder.mkdir()
-    url, name = url_of(ways[0]), storage.table.name
+    url, name = url_of(backends[0]), storage.table.name
     yield [
-        Job(ways[number % len(ways)], url, name, folder, TASKS, SECTIONS, lease=30.0)
+        Job(backends[number % len(backends)], url, name, folder, TASKS, SECTIONS, lease=30.0)
         for number in range(PROCESSES)
     ]
     table = storage.metadata.tables[f"{name}_lock"]
-    await in_session(storage, lambda session: table.drop(session.connection()))
+    await storage.run_sync(lambda session: table.drop(session.connection()))
 
 
 @contextmanager
@@ -94,20 +94,20 @@ async def exit_codes(processes: list[BaseProcess], count: int | None = None) -> 
 
 
 @pytest.fixture
-def report(ways: list[Way], capfd: pytest.CaptureFixture[str]) -> Callable[[str], None]:
+def report(backends: list[Backend], capfd: pytest.CaptureFixture[str]) -> Callable[[str], None]:
     """Return a function that prints figures, in a full run."""
 
     def report(line: str) -> None:
         if FULL:
             with capfd.disabled():
-                sys.stdout.write(f"\n{ways[0].server}: {line}\n")
+                sys.stdout.write(f"\n{backends[0].server}: {line}\n")
 
     return report
 
 
 @on_each_server
 async def test_processes_that_count_up_never_overlap_and_lose_no_count(
-    jobs: list[Job], ways: list[Way], open_storage: Open, report: Callable[[str], None]
+    jobs: list[Job], backends: list[Backend], open_storage: Open, report: Callable[[str], None]
 ) -> None:
     folder, total = jobs[0].folder, PROCESSES * TASKS * SECTIONS
 
@@ -120,7 +120,7 @@ async def test_processes_that_count_up_never_overlap_and_lose_no_count(
     assert events(folder, "takeover") == []
     assert len(events(folder, "section")) == total
     assert sum(int(count_file(folder, key).read_text()) for key in KEYS) == total
-    storage: SQLAlchemyStorage = await open_storage(ways[0], table_name=jobs[0].table)
+    storage: SQLAlchemyStorage = await open_storage(backends[0], table_name=jobs[0].table)
     assert sum([await storage.get_value(key, "count", 0) for key in KEYS]) == total
     warnings = events(folder, "warning")
     assert [message for message in warnings if "is lost" in message] == []

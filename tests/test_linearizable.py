@@ -17,9 +17,9 @@ from typing import Any
 import anyio
 import pytest
 from aiogram.fsm.storage.base import BaseStorage, StorageKey
+from backends import SQLITE, Backend
 from conftest import Open
 from sqlalchemy import URL
-from ways import SQLITE, Way
 
 from hybrid_storage import SQLAlchemyStorage
 
@@ -172,11 +172,13 @@ async def histories(storages: list[SQLAlchemyStorage], seed: int) -> list[list[C
     return [recorder.history for recorder in recorders]
 
 
-async def test_concurrent_clients_could_have_taken_turns(way: Way, open_storage: Open) -> None:
+async def test_concurrent_clients_could_have_taken_turns(
+    backend: Backend, open_storage: Open
+) -> None:
     """Clients of one storage and of two, on engines of their own; one is opened anew each time."""
-    storage = await open_storage(way)
+    storage = await open_storage(backend)
     for seed in range(ROUNDS):
-        other = await open_storage(way, table_name=storage.model)
+        other = await open_storage(backend, table_name=storage.model)
         for history in await histories([storage, other], seed):
             assert is_linearizable(history), f"seed {seed}: {history}"
         await other.close()
@@ -189,10 +191,10 @@ class ReadsAndWrites(SQLAlchemyStorage):
         return await BaseStorage.update_data(self, key, data)
 
 
-async def test_an_update_lost_by_a_storage_is_noticed(url_of: Callable[[Way], URL]) -> None:
-    [way, *_] = SQLITE
-    engine: Any = way.engine(url_of(way))
-    storage = ReadsAndWrites(way.factory(engine))
+async def test_an_update_lost_by_a_storage_is_noticed(url_of: Callable[[Backend], URL]) -> None:
+    [backend, *_] = SQLITE
+    engine: Any = backend.engine(url_of(backend))
+    storage = ReadsAndWrites(backend.factory(engine))
     await storage.create_table()
     for seed in itertools.count():
         if not all(map(is_linearizable, await histories([storage], seed))):

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 from aiogram.fsm.storage.base import KeyBuilder, StorageKey
-from conftest import Open, in_session, rows
+from backends import SERVERS, SQLITE, Backend
+from conftest import Open, rows
 from sqlalchemy import (
     URL,
     Column,
@@ -44,14 +45,13 @@ from sqlalchemy.orm import (
     sessionmaker,
 )
 from sqlalchemy.schema import CreateTable
-from ways import SERVERS, SQLITE, Way
 
 from hybrid_storage import FSMData, SQLAlchemyStorage, declare_model
 
 unbound = sessionmaker()
-on_both_runners = pytest.mark.parametrize("way", SQLITE, ids=str)
+on_both_runners = pytest.mark.parametrize("backend", SQLITE, ids=str)
 on_every_server = pytest.mark.parametrize(
-    "way", {way.server: way for way in SERVERS}.values(), ids=str
+    "backend", {backend.server: backend for backend in SERVERS}.values(), ids=str
 )
 
 
@@ -77,9 +77,9 @@ BASES = [new_base, old_style_base, dataclass_base]
 on_every_base = pytest.mark.parametrize("make_base", BASES, ids=lambda make: make.__name__)
 
 
-def new_factory(way: Way, **options: Any) -> Any:
+def new_factory(backend: Backend, **options: Any) -> Any:
     """Return a session factory without an engine."""
-    return async_sessionmaker(**options) if way.is_async else sessionmaker(**options)
+    return async_sessionmaker(**options) if backend.is_async else sessionmaker(**options)
 
 
 def unique_name() -> str:
@@ -143,7 +143,11 @@ def test_the_model_inherits_from_the_base(make_base: Callable[[], Any]) -> None:
 @on_every_base
 @on_both_runners
 async def test_create_all_of_the_base_creates_the_table(
-    way: Way, open_storage: Open, key: StorageKey, tmp_path: Path, make_base: Callable[[], Any]
+    backend: Backend,
+    open_storage: Open,
+    key: StorageKey,
+    tmp_path: Path,
+    make_base: Callable[[], Any],
 ) -> None:
     base = make_base()
     declared = declare_model(base, "fsm")
@@ -151,7 +155,7 @@ async def test_create_all_of_the_base_creates_the_table(
     base.metadata.create_all(engine)
     assert inspect(engine).get_table_names() == ["fsm"]
     engine.dispose()
-    storage = await open_storage(way, metadata=base, table_name="fsm")
+    storage = await open_storage(backend, metadata=base, table_name="fsm")
     assert storage.model is declared
     await use(storage, key)
 
@@ -166,7 +170,7 @@ def test_a_storage_without_metadata_has_one_of_its_own() -> None:
 @on_every_base
 def test_storages_of_one_table_share_its_model(make_base: Callable[[], Any]) -> None:
     base = make_base()
-    storages = [
+    storages: list[SQLAlchemyStorage] = [
         SQLAlchemyStorage(unbound, base, "fsm"),
         SQLAlchemyStorage(async_sessionmaker(), base, "fsm"),
         SQLAlchemyStorage(unbound, base.metadata, "fsm"),
@@ -195,11 +199,11 @@ def test_storages_with_different_names_have_different_tables(
 
 @on_both_runners
 async def test_storages_with_different_names_do_not_share_rows(
-    way: Way, open_storage: Open, key: StorageKey
+    backend: Backend, open_storage: Open, key: StorageKey
 ) -> None:
     base = new_base()
-    one = await open_storage(way, metadata=base, table_name="one")
-    other = await open_storage(way, metadata=base, table_name="other")
+    one = await open_storage(backend, metadata=base, table_name="one")
+    other = await open_storage(backend, metadata=base, table_name="other")
     await one.set_state(key, "form:name")
     assert await other.get_state(key) is None
     await use(other, key)
@@ -209,9 +213,9 @@ async def test_storages_with_different_names_do_not_share_rows(
 @on_every_server
 @pytest.mark.parametrize("name", ["select", 'quo"te`d per%cent %s', "Таблица ботов"])
 async def test_any_name_will_do_for_the_table(
-    way: Way, open_storage: Open, key: StorageKey, name: str
+    backend: Backend, open_storage: Open, key: StorageKey, name: str
 ) -> None:
-    storage = await open_storage(way, table_name=f"{name}{uuid.uuid4().hex[:8]}")
+    storage = await open_storage(backend, table_name=f"{name}{uuid.uuid4().hex[:8]}")
     await storage.create_table()
     await use(storage, key)
 
@@ -237,18 +241,18 @@ def test_metadata_with_the_table_can_be_pickled() -> None:
 # Schemas
 
 
-def schema_of(way: Way, url_of: Callable[[Way], URL]) -> str:
+def schema_of(backend: Backend, url_of: Callable[[Backend], URL]) -> str:
     """Return the name of a schema that is there already."""
-    names = {"sqlite": "main", "postgresql": "public", "mariadb": url_of(way).database}
-    return str(names[way.server])
+    names = {"sqlite": "main", "postgresql": "public", "mariadb": url_of(backend).database}
+    return str(names[backend.server])
 
 
 @on_every_server
 async def test_the_schema_of_the_metadata_is_used(
-    way: Way, open_storage: Open, key: StorageKey, url_of: Callable[[Way], URL]
+    backend: Backend, open_storage: Open, key: StorageKey, url_of: Callable[[Backend], URL]
 ) -> None:
-    schema = schema_of(way, url_of)
-    storage = await open_storage(way, metadata=MetaData(schema=schema))
+    schema = schema_of(backend, url_of)
+    storage = await open_storage(backend, metadata=MetaData(schema=schema))
     assert storage.table.schema == schema
     await storage.create_table()
     await use(storage, key)
@@ -256,12 +260,14 @@ async def test_the_schema_of_the_metadata_is_used(
 
 @on_every_server
 async def test_the_schema_may_be_chosen_by_the_engine(
-    way: Way, open_storage: Open, key: StorageKey, url_of: Callable[[Way], URL]
+    backend: Backend, open_storage: Open, key: StorageKey, url_of: Callable[[Backend], URL]
 ) -> None:
     """As applications do that keep a schema for each tenant."""
-    translation = {"tenant": schema_of(way, url_of)}
+    translation = {"tenant": schema_of(backend, url_of)}
     options = {"execution_options": {"schema_translate_map": translation}}
-    storage = await open_storage(way, metadata=MetaData(schema="tenant"), engine_options=options)
+    storage = await open_storage(
+        backend, metadata=MetaData(schema="tenant"), engine_options=options
+    )
     await storage.create_table()
     await use(storage, key)
 
@@ -389,16 +395,16 @@ async def extra(storage: SQLAlchemyStorage, *names: str) -> list[tuple[Any, ...]
         found = session.execute(select(*columns).order_by(storage.model.id))
         return [tuple(row) for row in found]
 
-    result: list[tuple[Any, ...]] = await in_session(storage, read)
+    result: list[tuple[Any, ...]] = await storage.run_sync(read)
     return result
 
 
 async def test_a_model_of_ones_own_takes_the_place_of_the_name(
-    way: Way, open_storage: Open, key: StorageKey
+    backend: Backend, open_storage: Open, key: StorageKey
 ) -> None:
     base = new_base()
     model = own_model(base)
-    storage = await open_storage(way, metadata=base, table_name=model)
+    storage = await open_storage(backend, metadata=base, table_name=model)
     assert storage.model is model
     assert storage.table is model.__table__
     assert storage.metadata is base.metadata
@@ -406,8 +412,10 @@ async def test_a_model_of_ones_own_takes_the_place_of_the_name(
     await use(storage, key)
 
 
-async def test_defaults_of_columns_of_ones_own_are_inserted(way: Way, open_storage: Open) -> None:
-    storage = await open_storage(way, table_name=own_model(new_base()))
+async def test_defaults_of_columns_of_ones_own_are_inserted(
+    backend: Backend, open_storage: Open
+) -> None:
+    storage = await open_storage(backend, table_name=own_model(new_base()))
     one, two, three = (StorageKey(bot_id=42, chat_id=1, user_id=user) for user in (1, 2, 3))
     await storage.set_state(one, "form:name")
     await storage.set_data(two, {"name": "Ada"})
@@ -433,9 +441,11 @@ WRITES: list[tuple[str | None, dict[str, Any], Write]] = [
 ]
 
 
-async def test_columns_that_change_with_every_update_do(way: Way, open_storage: Open) -> None:
+async def test_columns_that_change_with_every_update_do(
+    backend: Backend, open_storage: Open
+) -> None:
     """Though the write may be an INSERT, for which SQLAlchemy does not see to onupdate=."""
-    storage = await open_storage(way, table_name=own_model(new_base()))
+    storage = await open_storage(backend, table_name=own_model(new_base()))
     then = datetime(2001, 2, 3)
     untouched = {"changes": 0, "last": "insert", "sql": "inserted", "changed_at": then}
     keys = [StorageKey(bot_id=42, chat_id=7, user_id=user) for user in range(len(WRITES))]
@@ -446,7 +456,7 @@ async def test_columns_that_change_with_every_update_do(way: Way, open_storage: 
     def forget(session: Session) -> None:
         session.execute(update(storage.model).values(note="kept", **untouched))
 
-    await in_session(storage, forget)
+    await storage.run_sync(forget)
     await storage.get_data(keys[-1])
     before = await extra(storage, "bot", "note", "number", *untouched)
     for key, (_, _, write) in zip(keys, WRITES, strict=True):
@@ -463,9 +473,9 @@ async def test_columns_that_change_with_every_update_do(way: Way, open_storage: 
 
 @on_every_server
 async def test_a_column_that_counts_its_updates_does_not_stand_still(
-    way: Way, open_storage: Open, key: StorageKey
+    backend: Backend, open_storage: Open, key: StorageKey
 ) -> None:
-    storage = await open_storage(way, table_name=own_model(new_base()))
+    storage = await open_storage(backend, table_name=own_model(new_base()))
     await storage.set_state(key, "form:name")
     counts = []
     for state in ("b", "c", "d"):
@@ -477,7 +487,7 @@ async def test_a_column_that_counts_its_updates_does_not_stand_still(
 
 @on_every_server
 async def test_an_onupdate_function_may_take_the_context_of_the_statement(
-    way: Way, open_storage: Open, key: StorageKey, url_of: Callable[[Way], URL]
+    backend: Backend, open_storage: Open, key: StorageKey, url_of: Callable[[Backend], URL]
 ) -> None:
     class Conversation(FSMData, new_base()):  # type: ignore[misc]
         __tablename__ = unique_name()
@@ -485,16 +495,16 @@ async def test_an_onupdate_function_may_take_the_context_of_the_statement(
             String(20), default="nobody", onupdate=lambda context: context.dialect.name
         )
 
-    storage = await open_storage(way, table_name=Conversation)
+    storage = await open_storage(backend, table_name=Conversation)
     await storage.set_state(key, "a")
     await storage.set_state(key, "b")
     [(by,)] = await extra(storage, "by")
-    assert by == url_of(way).get_backend_name()
+    assert by == url_of(backend).get_backend_name()
 
 
 @on_every_server
 async def test_a_column_of_ones_own_may_have_another_key_than_name(
-    way: Way, open_storage: Open, key: StorageKey
+    backend: Backend, open_storage: Open, key: StorageKey
 ) -> None:
     table = Table(
         unique_name(),
@@ -504,7 +514,7 @@ async def test_a_column_of_ones_own_may_have_another_key_than_name(
         Column("data", Text),
         Column("last-write", String(20), key="last", default="insert", onupdate="update"),
     )
-    storage = await open_storage(way, metadata=table.metadata, table_name=table.name)
+    storage = await open_storage(backend, metadata=table.metadata, table_name=table.name)
     await storage.set_state(key, "a")
     assert [row[3] for row in await rows(storage)] == ["insert"]
     await storage.set_state(key, "b")
@@ -513,20 +523,20 @@ async def test_a_column_of_ones_own_may_have_another_key_than_name(
 
 
 @on_every_server
-async def test_a_key_column_of_ones_own_may_be_longer(way: Way, open_storage: Open) -> None:
+async def test_a_key_column_of_ones_own_may_be_longer(backend: Backend, open_storage: Open) -> None:
     class Conversation(FSMData, new_base()):  # type: ignore[misc]
         __tablename__ = unique_name()
         id: Mapped[str] = mapped_column(String(500), primary_key=True)
 
-    storage = await open_storage(way, table_name=Conversation)
+    storage = await open_storage(backend, table_name=Conversation)
     await use(storage, StorageKey(bot_id=42, chat_id=7, user_id=7, destiny="d" * 450))
 
 
 @on_every_server
 async def test_the_model_serves_queries_of_ones_own(
-    way: Way, open_storage: Open, key: StorageKey
+    backend: Backend, open_storage: Open, key: StorageKey
 ) -> None:
-    storage = await open_storage(way)
+    storage = await open_storage(backend)
     model: Any = storage.model
     other = StorageKey(bot_id=42, chat_id=1, user_id=1)
     await storage.set_state(key, "form:name")
@@ -539,7 +549,7 @@ async def test_the_model_serves_queries_of_ones_own(
         assert isinstance(found, FSMData)
         return found.id, found.state, found.data
 
-    assert await in_session(storage, look) == ("42:1:1", "form:age", '{"name": "Ada"}')
+    assert await storage.run_sync(look) == ("42:1:1", "form:age", '{"name": "Ada"}')
 
     def change(session: Session) -> None:
         found = {each.id: each for each in session.scalars(select(model))}
@@ -547,7 +557,7 @@ async def test_the_model_serves_queries_of_ones_own(
         session.delete(found["42:-1001234567890:7"])
         session.add(model(id="42:2:2", state="form:name"))
 
-    await in_session(storage, change)
+    await storage.run_sync(change)
     assert await storage.get_state(key) is None
     assert await storage.get_state(other) == "form:city"
     third = StorageKey(bot_id=42, chat_id=2, user_id=2)
@@ -559,17 +569,19 @@ async def test_the_model_serves_queries_of_ones_own(
 
 
 @on_every_server
-async def test_a_reflected_table_is_adopted(way: Way, open_storage: Open, key: StorageKey) -> None:
-    first = await open_storage(way)
+async def test_a_reflected_table_is_adopted(
+    backend: Backend, open_storage: Open, key: StorageKey
+) -> None:
+    first = await open_storage(backend)
     await first.set_state(key, "form:name")
     metadata = MetaData()
 
     def reflect(session: Session) -> None:
         Table(first.table.name, metadata, autoload_with=session.connection())
 
-    await in_session(first, reflect)
+    await first.run_sync(reflect)
     table = metadata.tables[first.table.name]
-    storage = await open_storage(way, metadata=metadata, table_name=table.name)
+    storage = await open_storage(backend, metadata=metadata, table_name=table.name)
     assert storage.table is table
     assert SQLAlchemyStorage(unbound, metadata, table.name).model is storage.model
     assert await storage.get_state(key) == "form:name"
@@ -580,7 +592,7 @@ async def test_a_reflected_table_is_adopted(way: Way, open_storage: Open, key: S
 @on_every_server
 @pytest.mark.parametrize("by", ["base", "metadata"])
 async def test_a_table_declared_by_hand_is_adopted(
-    way: Way, open_storage: Open, key: StorageKey, by: str
+    backend: Backend, open_storage: Open, key: StorageKey, by: str
 ) -> None:
     base = new_base()
     table = Table(
@@ -592,7 +604,7 @@ async def test_a_table_declared_by_hand_is_adopted(
         Column("id", String(100), primary_key=True),
     )
     storage = await open_storage(
-        way, metadata=base if by == "base" else base.metadata, table_name=table.name
+        backend, metadata=base if by == "base" else base.metadata, table_name=table.name
     )
     assert storage.table is table
     assert len(base.metadata.tables) == 1
@@ -604,7 +616,7 @@ async def test_a_table_declared_by_hand_is_adopted(
 
 @on_both_runners
 async def test_a_table_that_the_application_has_mapped_already_is_adopted(
-    way: Way, open_storage: Open, key: StorageKey
+    backend: Backend, open_storage: Open, key: StorageKey
 ) -> None:
     base = new_base()
 
@@ -614,8 +626,8 @@ async def test_a_table_that_the_application_has_mapped_already_is_adopted(
         state = mapped_column(String)
         data = mapped_column(String)
 
-    by_name = await open_storage(way, metadata=base, table_name="aiogram_fsm_data")
-    by_model = await open_storage(way, table_name=State)
+    by_name = await open_storage(backend, metadata=base, table_name="aiogram_fsm_data")
+    by_model = await open_storage(backend, table_name=State)
     assert by_name.table is by_model.table
     await by_name.set_state(key, "form:name")
     assert await by_model.get_state(key) == "form:name"
@@ -628,11 +640,11 @@ async def test_a_table_that_the_application_has_mapped_already_is_adopted(
 
 
 @pytest.fixture
-def engines(tmp_path: Path, way: Way) -> Any:
-    """Return a function that makes engines of a way, each with a file of its own."""
+def engines(tmp_path: Path, backend: Backend) -> Any:
+    """Return a function that makes engines of a backend, each with a file of its own."""
 
     def engine(name: str) -> Any:
-        return way.engine(make_url(f"sqlite:///{tmp_path / name}"))
+        return backend.engine(make_url(f"sqlite:///{tmp_path / name}"))
 
     return engine
 
@@ -655,11 +667,11 @@ def tables_in(path: Path) -> list[str]:
 @on_both_runners
 @pytest.mark.parametrize("make_base", BASES[:2], ids=lambda make: make.__name__)
 async def test_a_session_bound_by_base_uses_that_engine(
-    way: Way, key: StorageKey, tmp_path: Path, engines: Any, make_base: Callable[[], Any]
+    backend: Backend, key: StorageKey, tmp_path: Path, engines: Any, make_base: Callable[[], Any]
 ) -> None:
     base, other = make_base(), make_base()
     here, elsewhere = engines("here.db"), engines("elsewhere.db")
-    factory = new_factory(way, binds={base: here, other: elsewhere})
+    factory = new_factory(backend, binds={base: here, other: elsewhere})
     storage = SQLAlchemyStorage(factory, base, "fsm")
     try:
         await storage.create_table()
@@ -673,10 +685,10 @@ async def test_a_session_bound_by_base_uses_that_engine(
 @on_both_runners
 @pytest.mark.parametrize("by", ["model", "table"])
 async def test_a_session_bound_by_the_model_or_the_table_uses_that_engine(
-    way: Way, key: StorageKey, tmp_path: Path, engines: Any, by: str
+    backend: Backend, key: StorageKey, tmp_path: Path, engines: Any, by: str
 ) -> None:
     here, elsewhere = engines("here.db"), engines("elsewhere.db")
-    factory = way.factory(elsewhere)
+    factory = backend.factory(elsewhere)
     storage = SQLAlchemyStorage(factory, MetaData(), "fsm")
     factory.configure(binds={getattr(storage, by): here})
     try:
@@ -690,7 +702,7 @@ async def test_a_session_bound_by_the_model_or_the_table_uses_that_engine(
 
 @on_both_runners
 async def test_a_session_that_chooses_its_engine_by_the_mapper_is_told_the_mapper(
-    way: Way, key: StorageKey, tmp_path: Path, engines: Any
+    backend: Backend, key: StorageKey, tmp_path: Path, engines: Any
 ) -> None:
     base = new_base()
     here, elsewhere = engines("here.db"), engines("elsewhere.db")
@@ -703,8 +715,8 @@ async def test_a_session_that_chooses_its_engine_by_the_mapper_is_told_the_mappe
             assert isinstance(bind, Engine)
             return bind
 
-    option = "sync_session_class" if way.is_async else "class_"
-    storage = SQLAlchemyStorage(new_factory(way, **{option: RoutingSession}), base, "fsm")
+    option = "sync_session_class" if backend.is_async else "class_"
+    storage = SQLAlchemyStorage(new_factory(backend, **{option: RoutingSession}), base, "fsm")
     try:
         await storage.create_table()
         await use(storage, key)
@@ -752,9 +764,9 @@ TWINS = ["a", "A", "á", "a\u0301", "ss", "ß", "K", "\u212a", "i", "İ", "\u013
 
 @pytest.mark.parametrize("options", [{}, {"key_builder": AsItIs()}], ids=["ours", "as it is"])
 async def test_keys_that_differ_in_case_or_accents_only_are_different_rows(
-    way: Way, open_storage: Open, options: dict[str, Any]
+    backend: Backend, open_storage: Open, options: dict[str, Any]
 ) -> None:
-    storage = await open_storage(way, **options)
+    storage = await open_storage(backend, **options)
     keys = [StorageKey(bot_id=42, chat_id=7, user_id=7, destiny=twin) for twin in TWINS]
     for index, key in enumerate(keys):
         await storage.set_state(key, f"state {index}")
@@ -780,15 +792,15 @@ async def test_keys_that_differ_in_trailing_blanks_only_are_different_rows(
 
 
 async def test_rows_that_the_application_inserts_are_read(
-    way: Way, open_storage: Open, key: StorageKey
+    backend: Backend, open_storage: Open, key: StorageKey
 ) -> None:
-    storage = await open_storage(way)
+    storage = await open_storage(backend)
 
     def write(session: Session) -> None:
         session.execute(
             insert(storage.model).values(id="42:-1001234567890:7", state="a", data='{"a": 1}')
         )
 
-    await in_session(storage, write)
+    await storage.run_sync(write)
     assert await storage.get_state(key) == "a"
     assert await storage.get_data(key) == {"a": 1}

@@ -11,10 +11,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from conftest import Open, in_session
+from backends import SERVERS, Backend
+from conftest import Open
 from process_worker import KEY
 from sqlalchemy import URL
-from ways import SERVERS, Way
 
 from hybrid_storage import SQLAlchemyStorage
 
@@ -30,7 +30,7 @@ class Workers:
         self._await_answers()
 
     def set_fields(
-        self, count: int, storage: SQLAlchemyStorage, way: Way, url: URL, *, create: bool
+        self, count: int, storage: SQLAlchemyStorage, backend: Backend, url: URL, *, create: bool
     ) -> list[str]:
         """Let each process set so many fields at once; return the names of them all."""
         fields: list[str] = []
@@ -38,7 +38,7 @@ class Workers:
             names = [f"process {number}, field {n}" for n in range(count)]
             fields += names
             command = {
-                "way": way.name,
+                "backend": backend.name,
                 "url": url.render_as_string(hide_password=False),
                 "table": storage.table.name,
                 "create": create,
@@ -82,26 +82,26 @@ def workers() -> Iterator[Workers]:
 
 
 @pytest.fixture(params=SERVERS, ids=str)
-def way(request: pytest.FixtureRequest) -> Way:
-    """Return one way in for each driver."""
-    assert isinstance(request.param, Way)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Return one backend for each driver."""
+    assert isinstance(request.param, Backend)
     return request.param
 
 
 async def test_no_update_of_several_processes_is_lost(
-    way: Way, open_storage: Open, url_of: Callable[[Way], URL], workers: Workers
+    backend: Backend, open_storage: Open, url_of: Callable[[Backend], URL], workers: Workers
 ) -> None:
-    storage = await open_storage(way)
-    fields = workers.set_fields(50, storage, way, url_of(way), create=False)
+    storage = await open_storage(backend)
+    fields = workers.set_fields(50, storage, backend, url_of(backend), create=False)
     assert len(fields) == 200
     assert sorted(await storage.get_data(KEY)) == sorted(fields)
 
 
 async def test_several_processes_may_create_the_table_at_once(
-    way: Way, open_storage: Open, url_of: Callable[[Way], URL], workers: Workers
+    backend: Backend, open_storage: Open, url_of: Callable[[Backend], URL], workers: Workers
 ) -> None:
-    storage = await open_storage(way)
+    storage = await open_storage(backend)
     for _ in range(5):
-        await in_session(storage, lambda session: storage.table.drop(session.connection()))
-        fields = workers.set_fields(1, storage, way, url_of(way), create=True)
+        await storage.run_sync(lambda session: storage.table.drop(session.connection()))
+        fields = workers.set_fields(1, storage, backend, url_of(backend), create=True)
         assert sorted(await storage.get_data(KEY)) == sorted(fields)

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from aiogram.fsm.storage.base import BaseStorage, StorageKey
 from aiogram.fsm.storage.memory import MemoryStorage
+from backends import Backend
 from conftest import Open, rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ways import Way
 
 from hybrid_storage import FullKeyBuilder, SQLAlchemyStorage
 
@@ -87,11 +87,11 @@ programs = st.lists(
 
 @pytest.fixture
 async def writers(
-    way: Way, open_storage: Open, storage: SQLAlchemyStorage
+    backend: Backend, open_storage: Open, storage: SQLAlchemyStorage
 ) -> tuple[SQLAlchemyStorage, SQLAlchemyStorage]:
     """Return two storages on one table: JSON leaves open how letters are written."""
     unescaped = partial(json.dumps, ensure_ascii=False, separators=(",", ":"))
-    return storage, await open_storage(way, table_name=storage.model, json_dumps=unescaped)
+    return storage, await open_storage(backend, table_name=storage.model, json_dumps=unescaped)
 
 
 @settings(

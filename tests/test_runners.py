@@ -19,6 +19,7 @@ from aiogram.exceptions import DataNotDictLikeError
 from aiogram.fsm.storage.base import StorageKey
 from anyio import CapacityLimiter, to_thread
 from anyio.lowlevel import checkpoint
+from backends import BACKENDS, MARIADB, POSTGRESQL, SERVERS, SQLITE, Backend
 from blocking import (
     PATIENCE,
     give_way,
@@ -27,13 +28,12 @@ from blocking import (
     statements,
     until,
 )
-from conftest import Open, drop_table, in_session, rows
+from conftest import Open, drop_table, rows
 from sqlalchemy import URL, Delete, Insert, Update, create_engine, event, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 from sqlalchemy.pool import NullPool, Pool, StaticPool
-from ways import MARIADB, POSTGRESQL, SERVERS, SQLITE, WAYS, Way
 
 from hybrid_storage import FSMData, SQLAlchemyStorage
 
@@ -71,22 +71,22 @@ async def use_all(storage: SQLAlchemyStorage, key: StorageKey) -> None:
     assert await rows(storage) == []
 
 
-def make(way: Way, engine: Any, **options: Any) -> Any:
-    """Return a plain session factory of a way's kind, with options."""
-    return (async_sessionmaker if way.is_async else sessionmaker)(engine, **options)
+def make(backend: Backend, engine: Any, **options: Any) -> Any:
+    """Return a plain session factory of a backend's kind, with options."""
+    return (async_sessionmaker if backend.is_async else sessionmaker)(engine, **options)
 
 
 async def opened(
-    open_storage: Open, way: Way, **options: Any
+    open_storage: Open, backend: Backend, **options: Any
 ) -> tuple[SQLAlchemyStorage, Any, Any]:
     """Open a storage; return its session factory and its engine as well."""
     made: list[Any] = []
 
     def wrap(engine: Any) -> Any:
-        made.extend([way.factory(engine), engine])
+        made.extend([backend.factory(engine), engine])
         return made[0]
 
-    storage = await open_storage(replace(way, wrap=wrap), **options)
+    storage = await open_storage(replace(backend, wrap=wrap), **options)
     return storage, made[0], made[1]
 
 
@@ -133,13 +133,13 @@ def begin_for_real(engine: Any) -> None:
 # Loops and threads
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
 def test_one_storage_serves_several_event_loops_one_after_the_other(
-    way: Way, url_of: Callable[[Way], URL], key: StorageKey
+    backend: Backend, url_of: Callable[[Backend], URL], key: StorageKey
 ) -> None:
-    options: dict[str, Any] = {"poolclass": NullPool} if way.is_async else {}
-    engine = way.engine(url_of(way), **options)
-    storage = SQLAlchemyStorage(way.factory(engine), table_name=f"fsm_{uuid.uuid4().hex}")
+    options: dict[str, Any] = {"poolclass": NullPool} if backend.is_async else {}
+    engine = backend.engine(url_of(backend), **options)
+    storage = SQLAlchemyStorage(backend.factory(engine), table_name=f"fsm_{uuid.uuid4().hex}")
 
     async def use(number: int) -> int:
         await update_at_once(storage, key, 5, f"loop {number}")
@@ -152,14 +152,14 @@ def test_one_storage_serves_several_event_loops_one_after_the_other(
         asyncio.run(drop_table(storage, engine))
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
 def test_event_loops_that_have_ended_are_forgotten(
-    way: Way, url_of: Callable[[Way], URL], key: StorageKey
+    backend: Backend, url_of: Callable[[Backend], URL], key: StorageKey
 ) -> None:
     """A Celery task may run a loop of its own each time."""
-    options: dict[str, Any] = {"poolclass": NullPool} if way.is_async else {}
-    engine = way.engine(url_of(way), **options)
-    storage = SQLAlchemyStorage(way.factory(engine), table_name=f"fsm_{uuid.uuid4().hex}")
+    options: dict[str, Any] = {"poolclass": NullPool} if backend.is_async else {}
+    engine = backend.engine(url_of(backend), **options)
+    storage = SQLAlchemyStorage(backend.factory(engine), table_name=f"fsm_{uuid.uuid4().hex}")
     isolation = storage.create_isolation()
     loops: list[weakref.ref[asyncio.AbstractEventLoop]] = []
 
@@ -184,7 +184,7 @@ def test_event_loops_that_have_ended_are_forgotten(
 
 
 async def use_in_threads(storage: SQLAlchemyStorage, key: StorageKey) -> None:
-    """Set 100 fields by way of four event loops, each in a thread of its own, at once."""
+    """Set 100 fields from four event loops, each in a thread of its own, at once."""
     together = threading.Barrier(4)
 
     def use(number: int) -> None:
@@ -195,18 +195,20 @@ async def use_in_threads(storage: SQLAlchemyStorage, key: StorageKey) -> None:
     assert len(await storage.get_data(key)) == 100
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if not way.is_async], ids=str)
+@pytest.mark.parametrize(
+    "backend", [backend for backend in BACKENDS if not backend.is_async], ids=str
+)
 async def test_one_storage_serves_several_threads_with_loops_of_their_own_at_once(
-    way: Way, open_storage: Open, key: StorageKey
+    backend: Backend, open_storage: Open, key: StorageKey
 ) -> None:
     options: dict[str, Any] = {}
-    if way.server == "sqlite":
+    if backend.server == "sqlite":
         options["connect_args"] = {"timeout": PATIENCE}  # each loop is a writer of its own
-    await use_in_threads(await open_storage(way, engine_options=options), key)
+    await use_in_threads(await open_storage(backend, engine_options=options), key)
 
 
 async def test_sqlite_is_written_to_before_it_is_read_in_one_transaction(
-    url_of: Callable[[Way], URL], key: StorageKey
+    url_of: Callable[[Backend], URL], key: StorageKey
 ) -> None:
     # Else it fails at once where another has written meanwhile, whatever the time-out.
     engine: Any = SQLITE[0].engine(url_of(SQLITE[0]), connect_args={"timeout": PATIENCE})
@@ -230,6 +232,7 @@ async def test_one_connection_for_all_threads_is_used_by_one_at_a_time(key: Stor
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 async def test_no_write_to_a_database_in_memory_is_lost(is_async: bool, key: StorageKey) -> None:
     engine: Any
+    storage: SQLAlchemyStorage
     if is_async:
         engine = create_async_engine("sqlite+aiosqlite://", poolclass=StaticPool)
         storage = SQLAlchemyStorage(async_sessionmaker(engine))
@@ -248,9 +251,9 @@ async def test_no_write_to_a_database_in_memory_is_lost(is_async: bool, key: Sto
 
 
 async def test_the_event_loop_goes_on_while_a_statement_takes_its_time(
-    way: Way, open_storage: Open, url_of: Callable[[Way], URL], key: StorageKey
+    backend: Backend, open_storage: Open, url_of: Callable[[Backend], URL], key: StorageKey
 ) -> None:
-    storage: SQLAlchemyStorage = await open_storage(way, retry_for=0)
+    storage: SQLAlchemyStorage = await open_storage(backend, retry_for=0)
     await storage.set_state(key, "waiting")
     ticks = 0
     done = anyio.Event()
@@ -266,7 +269,7 @@ async def test_the_event_loop_goes_on_while_a_statement_takes_its_time(
         done.set()
 
     async with anyio.create_task_group() as tasks:
-        with locked(way, url_of(way), storage, key) as lock:
+        with locked(backend, url_of(backend), storage, key) as lock:
             tasks.start_soon(tick)
             tasks.start_soon(write)
             await lock.is_waited_for()
@@ -277,15 +280,17 @@ async def test_the_event_loop_goes_on_while_a_statement_takes_its_time(
     assert await storage.get_state(key) == "written"
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way.server == "sqlite"], ids=str)
+@pytest.mark.parametrize(
+    "backend", [backend for backend in BACKENDS if backend.server == "sqlite"], ids=str
+)
 async def test_writers_queue_before_sqlite_and_readers_do_not(
-    way: Way, storage: SQLAlchemyStorage, url_of: Callable[[Way], URL], key: StorageKey
+    backend: Backend, storage: SQLAlchemyStorage, url_of: Callable[[Backend], URL], key: StorageKey
 ) -> None:
     await storage.set_state(key, "waiting")
     keys = [replace(key, chat_id=number) for number in range(5)]
     async with anyio.create_task_group() as tasks:
         with (
-            locked(way, url_of(way), storage, key) as lock,
+            locked(backend, url_of(backend), storage, key) as lock,
             statements(storage.table.name) as begun,
         ):
             for each in keys:
@@ -302,9 +307,9 @@ async def test_writers_queue_before_sqlite_and_readers_do_not(
 
 
 async def test_no_call_waits_in_a_pool_of_one_connection(
-    way: Way, open_storage: Open, key: StorageKey
+    backend: Backend, open_storage: Open, key: StorageKey
 ) -> None:
-    storage, _, engine = await opened(open_storage, way, engine_options=ONE_CONNECTION)
+    storage, _, engine = await opened(open_storage, backend, engine_options=ONE_CONNECTION)
     with connections(engine) as made:
         await asyncio.gather(
             update_at_once(storage, key, 25),
@@ -316,9 +321,9 @@ async def test_no_call_waits_in_a_pool_of_one_connection(
 
 
 async def test_no_call_waits_in_a_default_pool(
-    way: Way, open_storage: Open, key: StorageKey
+    backend: Backend, open_storage: Open, key: StorageKey
 ) -> None:
-    storage, _, _ = await opened(open_storage, way, engine_options={"pool_timeout": 0.01})
+    storage, _, _ = await opened(open_storage, backend, engine_options={"pool_timeout": 0.01})
     keys = [replace(key, chat_id=number) for number in range(50)]
     await asyncio.gather(*(storage.set_state(each, "waiting") for each in keys))
     assert len(await rows(storage)) == 50
@@ -327,22 +332,22 @@ async def test_no_call_waits_in_a_default_pool(
 
 
 async def test_two_storages_on_one_engine_share_its_pool(
-    way: Way, open_storage: Open, key: StorageKey
+    backend: Backend, open_storage: Open, key: StorageKey
 ) -> None:
-    first, _, engine = await opened(open_storage, way, engine_options=ONE_CONNECTION)
-    second = SQLAlchemyStorage(way.factory(engine), table_name=f"fsm_{uuid.uuid4().hex}")
+    first, _, engine = await opened(open_storage, backend, engine_options=ONE_CONNECTION)
+    second = SQLAlchemyStorage(backend.factory(engine), table_name=f"fsm_{uuid.uuid4().hex}")
     await second.create_table()
     with connections(engine) as made:
         await asyncio.gather(update_at_once(first, key, 25), update_at_once(second, key, 25))
     assert made == []
     assert len(await first.get_data(key)) == len(await second.get_data(key)) == 25
-    await in_session(second, lambda session: second.table.drop(session.connection()))
+    await second.run_sync(lambda session: second.table.drop(session.connection()))
 
 
 async def test_a_pool_that_keeps_no_connections_serves_many_calls_at_once(
-    way: Way, open_storage: Open, key: StorageKey
+    backend: Backend, open_storage: Open, key: StorageKey
 ) -> None:
-    storage = await open_storage(way, engine_options={"poolclass": NullPool})
+    storage = await open_storage(backend, engine_options={"poolclass": NullPool})
     await update_at_once(storage, key, 50)
     assert len(await storage.get_data(key)) == 50
 
@@ -351,15 +356,15 @@ async def test_a_pool_that_keeps_no_connections_serves_many_calls_at_once(
 
 
 async def test_a_limiter_of_the_callers_is_honoured_and_shared(
-    way: Way, open_storage: Open, url_of: Callable[[Way], URL], key: StorageKey
+    backend: Backend, open_storage: Open, url_of: Callable[[Backend], URL], key: StorageKey
 ) -> None:
     limiter = CapacityLimiter(1)
-    first = await open_storage(way, limiter=limiter)
-    second = await open_storage(way, limiter=limiter)
+    first = await open_storage(backend, limiter=limiter)
+    second = await open_storage(backend, limiter=limiter)
     await first.set_state(key, "waiting")
     async with anyio.create_task_group() as tasks:
         with (
-            locked(way, url_of(way), first, key) as lock,
+            locked(backend, url_of(backend), first, key) as lock,
             statements(second.table.name) as seen,
         ):
             tasks.start_soon(first.set_state, key, "first")
@@ -375,10 +380,10 @@ async def test_a_limiter_of_the_callers_is_honoured_and_shared(
 
 
 async def test_a_task_may_hold_the_limiter_that_its_calls_go_by(
-    way: Way, open_storage: Open, key: StorageKey
+    backend: Backend, open_storage: Open, key: StorageKey
 ) -> None:
     limiter = CapacityLimiter(2)
-    storage = await open_storage(way, limiter=limiter)
+    storage = await open_storage(backend, limiter=limiter)
     async with limiter:
         await use_all(storage, key)
         assert limiter.borrowed_tokens == 1
@@ -399,16 +404,16 @@ def applications_threads_all_taken() -> Iterator[None]:
 
 
 async def test_the_threads_of_the_application_are_not_waited_for(
-    way: Way, open_storage: Open, key: StorageKey
+    backend: Backend, open_storage: Open, key: StorageKey
 ) -> None:
-    storage = await open_storage(way)
+    storage = await open_storage(backend)
     with applications_threads_all_taken(), anyio.fail_after(PATIENCE):
         await use_all(storage, key)
 
 
 @pytest.mark.parametrize("driver", ["pysqlite", "aiosqlite"])
 async def test_closing_does_not_wait_for_the_threads_of_the_application(
-    driver: str, url_of: Callable[[Way], URL], key: StorageKey
+    driver: str, url_of: Callable[[Backend], URL], key: StorageKey
 ) -> None:
     url = url_of(SQLITE[0]).set(drivername=f"sqlite+{driver}")
     storage = SQLAlchemyStorage.from_url(url)
@@ -420,20 +425,24 @@ async def test_closing_does_not_wait_for_the_threads_of_the_application(
 # Sessions of every making
 
 
-@pytest.mark.parametrize("way", SERVERS, ids=str)
+@pytest.mark.parametrize("backend", SERVERS, ids=str)
 async def test_sessions_that_do_not_begin_by_themselves_are_begun(
-    way: Way, open_storage: Open, key: StorageKey
+    backend: Backend, open_storage: Open, key: StorageKey
 ) -> None:
     storage = await open_storage(
-        replace(way, wrap=lambda engine: make(way, engine, autobegin=False))
+        replace(backend, wrap=lambda engine: make(backend, engine, autobegin=False))
     )
     await use_all(storage, key)
 
 
 @pytest.mark.parametrize("where", ["session class", "every session", "engine"])
-@pytest.mark.parametrize("way", POSTGRESQL, ids=str)
+@pytest.mark.parametrize("backend", POSTGRESQL, ids=str)
 async def test_what_is_set_when_a_transaction_begins_is_there_for_every_write(
-    way: Way, where: str, open_storage: Open, key: StorageKey, request: pytest.FixtureRequest
+    backend: Backend,
+    where: str,
+    open_storage: Open,
+    key: StorageKey,
+    request: pytest.FixtureRequest,
 ) -> None:
     class AppSession(Session):
         pass
@@ -449,10 +458,10 @@ async def test_what_is_set_when_a_transaction_begins_is_there_for_every_write(
         # The last argument of either event is the connection.
         args[-1].exec_driver_sql("SET LOCAL app.tenant = 'acme'")
 
-    classes = {"sync_session_class" if way.is_async else "class_": AppSession}
+    classes = {"sync_session_class" if backend.is_async else "class_": AppSession}
     storage, _, engine = await opened(
         open_storage,
-        replace(way, wrap=lambda engine: make(way, engine, **classes)),
+        replace(backend, wrap=lambda engine: make(backend, engine, **classes)),
         table_name=Conversation,
     )
     target: Any = {
@@ -470,60 +479,60 @@ async def test_what_is_set_when_a_transaction_begins_is_there_for_every_write(
     assert [row[tenant] for row in await rows(storage)] == ["acme", "acme"]
 
 
-@pytest.mark.parametrize("way", SERVERS, ids=str)
+@pytest.mark.parametrize("backend", SERVERS, ids=str)
 async def test_no_update_is_lost_on_an_engine_in_autocommit_mode(
-    way: Way, open_storage: Open, key: StorageKey
+    backend: Backend, open_storage: Open, key: StorageKey
 ) -> None:
-    storage = await open_storage(way, engine_options={"isolation_level": "AUTOCOMMIT"})
+    storage = await open_storage(backend, engine_options={"isolation_level": "AUTOCOMMIT"})
     await update_at_once(storage, key, 50)
     assert len(await storage.get_data(key)) == 50
 
 
 @pytest.mark.parametrize("isolation_level", ["REPEATABLE READ", "SERIALIZABLE"])
-@pytest.mark.parametrize("way", [*POSTGRESQL, *MARIADB], ids=str)
+@pytest.mark.parametrize("backend", [*POSTGRESQL, *MARIADB], ids=str)
 async def test_no_update_is_lost_on_an_engine_of_a_stricter_isolation_level(
-    way: Way, isolation_level: str, open_storage: Open, key: StorageKey
+    backend: Backend, isolation_level: str, open_storage: Open, key: StorageKey
 ) -> None:
-    storage = await open_storage(way, engine_options={"isolation_level": isolation_level})
+    storage = await open_storage(backend, engine_options={"isolation_level": isolation_level})
     await storage.set_state(key, "waiting")
     await update_at_once(storage, key, 20)
     assert len(await storage.get_data(key)) == 20
 
 
-@pytest.mark.parametrize("way", SERVERS, ids=str)
+@pytest.mark.parametrize("backend", SERVERS, ids=str)
 async def test_everything_in_a_test_suites_transaction_is_rolled_back_with_it(
-    way: Way, url_of: Callable[[Way], URL], key: StorageKey
+    backend: Backend, url_of: Callable[[Backend], URL], key: StorageKey
 ) -> None:
-    engine: Any = way.engine(url_of(way))
-    if way.server == "sqlite":
+    engine: Any = backend.engine(url_of(backend))
+    if backend.server == "sqlite":
         begin_for_real(engine)
     table_name = f"fsm_{uuid.uuid4().hex}"
-    outside = SQLAlchemyStorage(way.factory(engine), table_name=table_name)
+    outside = SQLAlchemyStorage(backend.factory(engine), table_name=table_name)
     await outside.create_table()
 
-    connection: Any = await engine.connect() if way.is_async else engine.connect()
-    transaction: Any = await connection.begin() if way.is_async else connection.begin()
+    connection: Any = await engine.connect() if backend.is_async else engine.connect()
+    transaction: Any = await connection.begin() if backend.is_async else connection.begin()
     inside = SQLAlchemyStorage(
-        make(way, connection, join_transaction_mode="create_savepoint"), table_name=table_name
+        make(backend, connection, join_transaction_mode="create_savepoint"), table_name=table_name
     )
     await use_all(inside, key)
     await inside.set_state(key, "waiting")
     await update_at_once(inside, key, 20)
     assert len(await inside.get_data(key)) == 20
     for finish in (transaction.rollback, connection.close):
-        await finish() if way.is_async else finish()
+        await finish() if backend.is_async else finish()
 
     assert await rows(outside) == []
     await drop_table(outside, engine)
 
 
-@pytest.mark.parametrize("way", SQLITE, ids=str)
+@pytest.mark.parametrize("backend", SQLITE, ids=str)
 async def test_a_session_that_chooses_the_engine_by_the_mapper_is_followed(
-    way: Way, url_of: Callable[[Way], URL], key: StorageKey
+    backend: Backend, url_of: Callable[[Backend], URL], key: StorageKey
 ) -> None:
-    url = url_of(way)
-    engine: Any = way.engine(url)
-    elsewhere: Any = way.engine(url.set(database=f"{url.database}.elsewhere"))
+    url = url_of(backend)
+    engine: Any = backend.engine(url)
+    elsewhere: Any = backend.engine(url.set(database=f"{url.database}.elsewhere"))
 
     class RoutingSession(Session):
         # As in SQLAlchemy's documents, "Custom Vertical Partitioning".
@@ -533,27 +542,27 @@ async def test_a_session_that_chooses_the_engine_by_the_mapper_is_followed(
                 chosen = engine
             return sync_side(chosen)
 
-    classes = {"sync_session_class" if way.is_async else "class_": RoutingSession}
-    storage = SQLAlchemyStorage(make(way, None, **classes))
+    classes = {"sync_session_class" if backend.is_async else "class_": RoutingSession}
+    storage = SQLAlchemyStorage(make(backend, None, **classes))
     with statements() as seen:
         await storage.create_table()
         await use_all(storage, key)
-        assert await storage._runner.run(lambda session: session.scalar(text("select 5"))) == 5
+        assert await storage.run_sync(lambda session: session.scalar(text("select 5"))) == 5
     assert {str(used.url.database) for used, _ in seen[:-1]} == {url.database}
     assert seen[-1] == (sync_side(elsewhere), "select 5")
     await drop_table(storage, engine)
     await dispose(elsewhere)
 
 
-@pytest.mark.parametrize("way", SQLITE, ids=str)
+@pytest.mark.parametrize("backend", SQLITE, ids=str)
 async def test_an_update_reads_where_it_writes_if_the_session_reads_from_a_follower(
-    way: Way, url_of: Callable[[Way], URL], key: StorageKey
+    backend: Backend, url_of: Callable[[Backend], URL], key: StorageKey
 ) -> None:
-    url = url_of(way)
-    leader: Any = way.engine(url)
-    follower: Any = way.engine(url.set(database=f"{url.database}.follower"))
+    url = url_of(backend)
+    leader: Any = backend.engine(url)
+    follower: Any = backend.engine(url.set(database=f"{url.database}.follower"))
     on_leader, on_follower = (
-        SQLAlchemyStorage(way.factory(engine)) for engine in (leader, follower)
+        SQLAlchemyStorage(backend.factory(engine)) for engine in (leader, follower)
     )
     await on_leader.create_table()
     await on_follower.create_table()  # it lags so far behind that it has no rows at all
@@ -563,8 +572,8 @@ async def test_an_update_reads_where_it_writes_if_the_session_reads_from_a_follo
             writes = self._flushing or isinstance(clause, (Insert, Update, Delete))
             return sync_side(leader if writes else follower)
 
-    classes = {"sync_session_class" if way.is_async else "class_": RoutingSession}
-    storage = SQLAlchemyStorage(make(way, None, **classes))
+    classes = {"sync_session_class" if backend.is_async else "class_": RoutingSession}
+    storage = SQLAlchemyStorage(make(backend, None, **classes))
     await storage.set_state(key, "waiting")
     assert await storage.get_state(key) is None
     assert await storage.update_data(key, {"name": "Ada"}) == {"name": "Ada"}
@@ -622,11 +631,11 @@ class Caller:
         await self.run(lambda session: session.close())
 
 
-@pytest.mark.parametrize("way", SERVERS, ids=str)
+@pytest.mark.parametrize("backend", SERVERS, ids=str)
 async def test_a_callers_session_is_neither_committed_nor_rolled_back(
-    way: Way, open_storage: Open, key: StorageKey
+    backend: Backend, open_storage: Open, key: StorageKey
 ) -> None:
-    storage, factory, _ = await opened(open_storage, way)
+    storage, factory, _ = await opened(open_storage, backend)
     ends: list[str] = []
     async with Caller(storage, factory) as caller:
         for name in ("after_commit", "after_rollback", "after_soft_rollback", "after_flush"):
@@ -639,11 +648,11 @@ async def test_a_callers_session_is_neither_committed_nor_rolled_back(
 
 
 @pytest.mark.parametrize("end", ["commit", "rollback"])
-@pytest.mark.parametrize("way", SERVERS, ids=str)
+@pytest.mark.parametrize("backend", SERVERS, ids=str)
 async def test_others_see_the_writes_of_a_callers_session_once_it_commits(
-    way: Way, end: str, open_storage: Open, key: StorageKey
+    backend: Backend, end: str, open_storage: Open, key: StorageKey
 ) -> None:
-    storage, factory, _ = await opened(open_storage, way)
+    storage, factory, _ = await opened(open_storage, backend)
     async with Caller(storage, factory) as caller:
         await caller.call_all(key)
         assert await caller.call("get_data", key) == {"age": 36}
@@ -652,11 +661,11 @@ async def test_others_see_the_writes_of_a_callers_session_once_it_commits(
         assert await storage.get_data(key) == ({"age": 36} if end == "commit" else {})
 
 
-@pytest.mark.parametrize("way", SERVERS, ids=str)
+@pytest.mark.parametrize("backend", SERVERS, ids=str)
 async def test_pending_objects_of_a_callers_session_are_left_pending(
-    way: Way, open_storage: Open, key: StorageKey
+    backend: Backend, open_storage: Open, key: StorageKey
 ) -> None:
-    storage, factory, _ = await opened(open_storage, way)
+    storage, factory, _ = await opened(open_storage, backend)
     async with Caller(storage, factory) as caller:
         pending = storage.model()
         pending.id = "of the application"
@@ -668,12 +677,12 @@ async def test_pending_objects_of_a_callers_session_are_left_pending(
         assert await caller.run(lambda session: session.query(storage.model).count()) == 2
 
 
-@pytest.mark.parametrize("way", MARIADB, ids=str)
+@pytest.mark.parametrize("backend", MARIADB, ids=str)
 async def test_an_update_in_a_callers_older_snapshot_loses_nothing_of_the_newer_data(
-    way: Way, open_storage: Open, key: StorageKey
+    backend: Backend, open_storage: Open, key: StorageKey
 ) -> None:
     storage, factory, _ = await opened(
-        open_storage, way, engine_options={"isolation_level": "REPEATABLE READ"}
+        open_storage, backend, engine_options={"isolation_level": "REPEATABLE READ"}
     )
     await storage.set_data(key, {"old": 1})
     async with Caller(storage, factory) as caller:
@@ -686,12 +695,12 @@ async def test_an_update_in_a_callers_older_snapshot_loses_nothing_of_the_newer_
     assert await storage.get_data(key) == together
 
 
-@pytest.mark.parametrize("way", POSTGRESQL, ids=str)
+@pytest.mark.parametrize("backend", POSTGRESQL, ids=str)
 async def test_an_update_in_a_callers_older_snapshot_fails_where_the_database_says_so(
-    way: Way, open_storage: Open, key: StorageKey
+    backend: Backend, open_storage: Open, key: StorageKey
 ) -> None:
     storage, factory, _ = await opened(
-        open_storage, way, engine_options={"isolation_level": "REPEATABLE READ"}
+        open_storage, backend, engine_options={"isolation_level": "REPEATABLE READ"}
     )
     await storage.set_data(key, {"old": 1})
     async with Caller(storage, factory) as caller:

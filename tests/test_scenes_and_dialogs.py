@@ -31,8 +31,8 @@ from aiogram.types import CallbackQuery, Message, Update
 from aiogram_dialog import Dialog, DialogManager, StartMode, Window, setup_dialogs
 from aiogram_dialog.widgets.kbd import Back, Button, SwitchTo
 from aiogram_dialog.widgets.text import Const, Format
+from backends import SERVERS, Backend
 from conftest import Open, rows
-from ways import SERVERS, Way
 
 from hybrid_storage import SQLAlchemyStorage
 
@@ -40,8 +40,10 @@ USER = 7
 GROUP = -1001234567890
 DATE = 1_700_000_000
 
-one_way_of_each_kind = pytest.mark.parametrize(
-    "way", {(way.server, way.is_async): way for way in SERVERS}.values(), ids=str
+one_backend_of_each_kind = pytest.mark.parametrize(
+    "backend",
+    {(backend.server, backend.is_async): backend for backend in SERVERS}.values(),
+    ids=str,
 )
 with_and_without_restarts = pytest.mark.parametrize(
     "restarts", [False, True], ids=["one process", "a restart before each update"]
@@ -198,25 +200,25 @@ def scene_bot(storage: SQLAlchemyStorage) -> Dispatcher:
 def starter(
     build: Callable[[SQLAlchemyStorage], Dispatcher],
     first: SQLAlchemyStorage,
-    way: Way,
+    backend: Backend,
     opener: Open,
 ) -> Callable[[], Awaitable[Dispatcher]]:
     """Return a function that starts the bots' program, each time with an engine of its own."""
 
     async def start() -> Dispatcher:
-        return build(await opener(way, table_name=first.table.name))
+        return build(await opener(backend, table_name=first.table.name))
 
     return start
 
 
-@one_way_of_each_kind
+@one_backend_of_each_kind
 @with_and_without_restarts
 async def test_a_conversation_goes_through_scenes_and_back(
-    storage: SQLAlchemyStorage, way: Way, open_storage: Open, restarts: bool
+    storage: SQLAlchemyStorage, backend: Backend, open_storage: Open, restarts: bool
 ) -> None:
     key = StorageKey(bot_id=42, chat_id=USER, user_id=USER)
     history = StorageKey(bot_id=42, chat_id=USER, user_id=USER, destiny="scenes_history")
-    user = Conversation(starter(scene_bot, storage, way, open_storage), restarts=restarts)
+    user = Conversation(starter(scene_bot, storage, backend, open_storage), restarts=restarts)
 
     assert await user.say("/start") == ["What is your name?"]
     assert await storage.get_state(key) == "name"
@@ -246,11 +248,11 @@ async def test_a_conversation_goes_through_scenes_and_back(
     assert await rows(storage) == []
 
 
-@one_way_of_each_kind
+@one_backend_of_each_kind
 async def test_two_bots_in_one_chat_have_a_conversation_each(
-    storage: SQLAlchemyStorage, way: Way, open_storage: Open
+    storage: SQLAlchemyStorage, backend: Backend, open_storage: Open
 ) -> None:
-    user = Conversation(starter(scene_bot, storage, way, open_storage), restarts=False)
+    user = Conversation(starter(scene_bot, storage, backend, open_storage), restarts=False)
     assert await user.say("/start", bot_id=42) == ["What is your name?"]
     assert await user.say("Ada", bot_id=42) == ["How old are you, Ada?"]
     assert await user.say("/start", bot_id=43) == ["What is your name?"]
@@ -314,7 +316,7 @@ def dialog_bot(storage: SQLAlchemyStorage) -> Dispatcher:
     return dispatcher
 
 
-@one_way_of_each_kind
+@one_backend_of_each_kind
 @pytest.mark.parametrize(
     ("chat_id", "stack", "restarts"),
     [
@@ -325,14 +327,14 @@ def dialog_bot(storage: SQLAlchemyStorage) -> Dispatcher:
 )
 async def test_a_dialog_goes_through_its_windows(
     storage: SQLAlchemyStorage,
-    way: Way,
+    backend: Backend,
     open_storage: Open,
     chat_id: int,
     stack: str,
     restarts: bool,
 ) -> None:
     user = Conversation(
-        starter(dialog_bot, storage, way, open_storage), restarts=restarts, chat_id=chat_id
+        starter(dialog_bot, storage, backend, open_storage), restarts=restarts, chat_id=chat_id
     )
 
     assert await user.say("/start") == ["What would you like?"]
@@ -354,11 +356,11 @@ async def test_a_dialog_goes_through_its_windows(
     assert await rows(storage) == []
 
 
-@one_way_of_each_kind
+@one_backend_of_each_kind
 async def test_a_dialog_that_is_started_anew_forgets_the_last(
-    storage: SQLAlchemyStorage, way: Way, open_storage: Open
+    storage: SQLAlchemyStorage, backend: Backend, open_storage: Open
 ) -> None:
-    user = Conversation(starter(dialog_bot, storage, way, open_storage), restarts=True)
+    user = Conversation(starter(dialog_bot, storage, backend, open_storage), restarts=True)
     assert await user.say("/start") == ["What would you like?"]
     assert await user.click("Tea") == ["A tea for table 5?"]
     assert await user.say("/start") == ["What would you like?"]

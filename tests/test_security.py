@@ -10,11 +10,11 @@ from dataclasses import replace
 import pytest
 from aiogram.fsm.storage.base import DefaultKeyBuilder, KeyBuilder, StorageKey
 from anyio import create_task_group
+from backends import SERVERS, Backend
 from blocking import locked, statements, until
 from chaos.drivers import IMPATIENCE
 from conftest import Open, rows
 from sqlalchemy import URL
-from ways import SERVERS, Way
 
 from hybrid_storage import FullKeyBuilder, SQLAlchemyStorage
 
@@ -77,9 +77,9 @@ async def use(storage: SQLAlchemyStorage, key: StorageKey, texts: list[str]) -> 
 
 @with_each_key_builder
 async def test_text_is_read_back_or_refused_and_touches_no_other_row(
-    way: Way, open_storage: Open, key: StorageKey, key_builder: KeyBuilder
+    backend: Backend, open_storage: Open, key: StorageKey, key_builder: KeyBuilder
 ) -> None:
-    storage = await open_storage(way, key_builder=key_builder)
+    storage = await open_storage(backend, key_builder=key_builder)
     for n in (6, 8):
         await storage.set_state(replace(key, user_id=n), "state")
         await storage.set_data(replace(key, user_id=n), {"name": "Bob"})
@@ -90,9 +90,9 @@ async def test_text_is_read_back_or_refused_and_touches_no_other_row(
 
 
 async def test_statements_are_the_same_whatever_the_text(
-    way: Way, open_storage: Open, key: StorageKey
+    backend: Backend, open_storage: Open, key: StorageKey
 ) -> None:
-    storage = await open_storage(way, key_builder=KEY_BUILDERS["raw"])
+    storage = await open_storage(backend, key_builder=KEY_BUILDERS["raw"])
     with statements(storage.table.name) as usual:
         await use(storage, key, ["harmless"])
     with statements(storage.table.name) as unusual:
@@ -101,22 +101,22 @@ async def test_statements_are_the_same_whatever_the_text(
     assert {statement for _, statement in unusual} == {statement for _, statement in usual}
 
 
-@pytest.mark.parametrize("way", SERVERS, ids=str)
+@pytest.mark.parametrize("backend", SERVERS, ids=str)
 async def test_the_log_has_no_data_and_no_line_that_a_key_forged(
-    way: Way,
-    url_of: Callable[[Way], URL],
+    backend: Backend,
+    url_of: Callable[[Backend], URL],
     open_storage: Open,
     key: StorageKey,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Not even where a write is made again."""
     caplog.set_level(logging.DEBUG, "hybrid_storage")
-    options = {"connect_args": IMPATIENCE[way.driver]}
-    storage = await open_storage(way, engine_options=options, key_builder=KEY_BUILDERS["raw"])
+    options = {"connect_args": IMPATIENCE[backend.driver]}
+    storage = await open_storage(backend, engine_options=options, key_builder=KEY_BUILDERS["raw"])
     key = replace(key, destiny=FORGED)
     await storage.set_data(key, {"name": "s3cret"})
     async with create_task_group() as calls:
-        with locked(way, url_of(way), storage, key):
+        with locked(backend, url_of(backend), storage, key):
             calls.start_soon(storage.set_state, key, "s3cret")
             calls.start_soon(storage.update_data, key, {"s3cret": "s3cret"})
             await until(lambda: len(caplog.records) >= 2)

@@ -9,6 +9,7 @@ import threading
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -20,8 +21,11 @@ from aiogram.fsm.context import FSMContext
 from aiogram.fsm.storage.base import StorageKey
 from aiogram.fsm.storage.memory import MemoryStorage
 from aiogram.types import Chat, ErrorEvent, Message, Update, User
-from conftest import Open, rows
+from backends import SERVERS, SQLITE, Backend
+from blocking import locked
+from conftest import Open, engine_of, new_session, rows
 from sqlalchemy import MetaData, String, event, select
+from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import (
     Mapped,
@@ -31,7 +35,6 @@ from sqlalchemy.orm import (
     scoped_session,
     sessionmaker,
 )
-from ways import SERVERS, SQLITE, Way
 
 from hybrid_storage import SessionMiddleware, SQLAlchemyStorage
 
@@ -65,12 +68,12 @@ async def outside(function: Callable[..., Awaitable[Any]], *args: Any) -> Any:
 
 
 @pytest.fixture
-async def shop(way: Way, open_storage: Open) -> Shop:
-    """Return a storage with a table of the application's beside it, on each way in."""
-    return await open_shop(way, open_storage)
+async def shop(backend: Backend, open_storage: Open) -> Shop:
+    """Return a storage with a table of the application's beside it, on each backend."""
+    return await open_shop(backend, open_storage)
 
 
-async def open_shop(way: Way, open_storage: Open, **options: Any) -> Shop:
+async def open_shop(backend: Backend, open_storage: Open, **options: Any) -> Shop:
     name = f"order_{uuid.uuid4().hex}"
     base: Any = declarative_base()
 
@@ -78,7 +81,7 @@ async def open_shop(way: Way, open_storage: Open, **options: Any) -> Shop:
         __tablename__ = name
         product: Mapped[str] = mapped_column(String(50), primary_key=True)
 
-    storage: SQLAlchemyStorage = await open_storage(way, metadata=base, **options)
+    storage: SQLAlchemyStorage = await open_storage(backend, metadata=base, **options)
     await storage.run_sync(lambda session: base.metadata.create_all(session.connection()))
     # Dropped with the storage's table.
     event.listen(
@@ -102,7 +105,9 @@ async def test_a_transaction_commits_the_state_and_the_rows_together(
     assert await shop.storage.get_data(key) == {"product": "tea"}
 
 
-@pytest.mark.parametrize("way", [way for way in SERVERS if way.server != "sqlite"], ids=str)
+@pytest.mark.parametrize(
+    "backend", [backend for backend in SERVERS if backend.server != "sqlite"], ids=str
+)
 async def test_nobody_outside_sees_anything_before_the_commit(shop: Shop, key: StorageKey) -> None:
     async with shop.storage.transaction() as session:
         session.add(shop.Order(product="tea"))
@@ -203,12 +208,14 @@ asyncio.run(main(*sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("way", [way for way in SERVERS if not way.is_async], ids=str)
+@pytest.mark.parametrize(
+    "backend", [backend for backend in SERVERS if not backend.is_async], ids=str
+)
 async def test_a_process_that_is_killed_in_a_handler_leaves_neither(
-    way: Way, open_storage: Open, url_of: Callable[[Way], Any]
+    backend: Backend, open_storage: Open, url_of: Callable[[Backend], Any]
 ) -> None:
-    shop = await open_shop(way, open_storage)
-    url = way.engine(url_of(way)).url.render_as_string(hide_password=False)
+    shop = await open_shop(backend, open_storage)
+    url = backend.engine(url_of(backend)).url.render_as_string(hide_password=False)
     arguments = [url, shop.storage.table.name, shop.Order.__tablename__]
     done = await anyio.run_process([sys.executable, "-c", KILLED, *arguments], check=False)
     assert (done.returncode, done.stdout) == (-9, b"written\n")
@@ -256,6 +263,48 @@ async def test_calls_of_concurrent_tasks_inside_join_and_take_turns(
     assert await shop.storage.get_data(key) == {}
 
 
+@pytest.mark.parametrize("using", [False, True], ids=["transaction", "using"])
+@pytest.mark.parametrize("backend", SERVERS, ids=str)
+async def test_a_transaction_does_not_go_on_after_a_cancelled_call(
+    backend: Backend,
+    using: bool,
+    open_storage: Open,
+    url_of: Callable[[Backend], Any],
+    key: StorageKey,
+) -> None:
+    """What came before the call may be undone already: it is all or nothing."""
+    arguments = {"timeout": 0.3} if backend.server == "sqlite" else {}
+    storage = await open_storage(backend, engine_options={"connect_args": arguments})
+    await storage.set_state(key, "before")
+    other = replace(key, user_id=8)
+
+    async def give_up_a_call() -> None:
+        with locked(backend, url_of(backend), storage, key) as lock:
+            call = asyncio.ensure_future(storage.set_state(key, "after"))
+            await lock.is_waited_for()
+            call.cancel()
+            await asyncio.wait([call], timeout=1)
+            lock.release()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+        with pytest.raises(PendingRollbackError, match="was cancelled, so the transaction cannot"):
+            await storage.get_state(key)
+
+    if using:
+        async with a_session(storage) as session:
+            with pytest.raises(PendingRollbackError):
+                async with storage.using(session):
+                    await give_up_a_call()
+    else:
+        with pytest.raises(PendingRollbackError):
+            async with storage.transaction():
+                if backend.server != "sqlite":  # whose file would be locked
+                    await storage.set_state(other, "written")
+                await give_up_a_call()
+    assert await storage.get_state(key) == "before"
+    assert await storage.get_state(other) is None
+
+
 async def test_a_task_that_outlives_the_scope_uses_sessions_of_its_own(
     shop: Shop, key: StorageKey
 ) -> None:
@@ -290,11 +339,11 @@ async def test_a_call_under_way_is_finished_before_the_scope_ends(
 
 
 async def test_other_storages_are_not_drawn_in_unless_told_to_use_the_session(
-    way: Way, open_storage: Open, key: StorageKey
+    backend: Backend, open_storage: Open, key: StorageKey
 ) -> None:
     metadata = MetaData()
-    one = await open_storage(way, metadata=metadata, table_name=f"one_{uuid.uuid4().hex}")
-    two = await open_storage(way, metadata=metadata, table_name=f"two_{uuid.uuid4().hex}")
+    one = await open_storage(backend, metadata=metadata, table_name=f"one_{uuid.uuid4().hex}")
+    two = await open_storage(backend, metadata=metadata, table_name=f"two_{uuid.uuid4().hex}")
     for end, state in ((Refused, None), (None, "both")):
         try:
             async with one.transaction() as session, two.using(session):
@@ -305,7 +354,7 @@ async def test_other_storages_are_not_drawn_in_unless_told_to_use_the_session(
         except Refused:
             pass
         assert await one.get_state(key) == await two.get_state(key) == state
-    if way.server == "sqlite":
+    if backend.server == "sqlite":
         return  # one writer: the second storage would wait for the first
     with pytest.raises(Refused):
         async with one.transaction():
@@ -318,7 +367,7 @@ async def test_other_storages_are_not_drawn_in_unless_told_to_use_the_session(
 @asynccontextmanager
 async def a_session(storage: SQLAlchemyStorage) -> AsyncIterator[Any]:
     """Open a session of the application's, of the storage's own factory."""
-    session, _ = storage._runner.open()
+    session = new_session(storage)
     try:
         yield session
     finally:
@@ -364,7 +413,7 @@ async def test_the_scoped_session_of_the_application_can_be_joined(
     open_storage: Open, key: StorageKey
 ) -> None:
     shop = await open_shop(SQLITE[0], open_storage)
-    scoped = scoped_session(sessionmaker(shop.storage._runner.open()[1]))
+    scoped = scoped_session(sessionmaker(engine_of(shop.storage)))
     scoped.add(shop.Order(product="tea"))
     async with shop.storage.using(scoped):
         await shop.storage.set_state(key, "paid")
@@ -374,7 +423,7 @@ async def test_the_scoped_session_of_the_application_can_be_joined(
     assert await shop.state(key) is None
 
 
-@pytest.mark.parametrize("wrong", [None, "session", object, sessionmaker], ids=repr)
+@pytest.mark.parametrize("wrong", [None, "session", object, sessionmaker, sessionmaker()], ids=repr)
 async def test_using_refuses_what_is_no_session(open_storage: Open, wrong: Any) -> None:
     storage = await open_storage(SQLITE[0])
     with pytest.raises(TypeError, match=r"using\(\) takes a Session or an AsyncSession that"):
@@ -406,25 +455,25 @@ async def test_legacy_code_runs_in_the_transaction_or_in_one_of_its_own(
 
 
 async def test_legacy_code_is_off_the_event_loops_thread_if_it_is_synchronous(
-    shop: Shop, way: Way
+    shop: Shop, backend: Backend
 ) -> None:
     thread = await shop.storage.run_sync(lambda _: threading.current_thread())
-    assert (thread is threading.current_thread()) == way.is_async
+    assert (thread is threading.current_thread()) == backend.is_async
 
 
-async def test_the_session_given_is_of_the_factorys_kind(shop: Shop, way: Way) -> None:
+async def test_the_session_given_is_of_the_factorys_kind(shop: Shop, backend: Backend) -> None:
     async with shop.storage.transaction() as session:
-        assert isinstance(session, AsyncSession if way.is_async else Session)
+        assert isinstance(session, AsyncSession if backend.is_async else Session)
 
 
 async def test_more_transactions_than_connections_wait_for_their_turn(
     open_storage: Open, key: StorageKey
 ) -> None:
-    for way in SERVERS:
-        if way.server == "sqlite":
+    for backend in SERVERS:
+        if backend.server == "sqlite":
             continue
         storage = await open_storage(
-            way, engine_options={"pool_size": 2, "max_overflow": 0, "pool_timeout": 1}
+            backend, engine_options={"pool_size": 2, "max_overflow": 0, "pool_timeout": 1}
         )
 
         async def handler(storage: SQLAlchemyStorage, number: int) -> None:
@@ -526,6 +575,33 @@ async def test_cancelling_the_handling_is_no_failure(shop: Shop, inner: bool) ->
     assert await shop.state(KEY) == "first"
 
 
+@pytest.mark.parametrize("backend", SQLITE[:1], ids=str)
+@pytest.mark.parametrize("taken_out", [False, True], ids=["left", "taken out"])
+async def test_a_session_that_an_outer_middleware_put_in_is_there_again(
+    shop: Shop, taken_out: bool
+) -> None:
+    """Also where one inside has taken the middleware's own out."""
+    seen: list[object] = []
+    dispatcher = Dispatcher(storage=shop.storage)
+
+    async def outermost(handler: Any, event: Any, data: dict[str, Any]) -> Any:
+        data["session"] = "of another"
+        result = await handler(event, data)
+        seen.append(data["session"])
+        return result
+
+    async def innermost(handler: Any, event: Any, data: dict[str, Any]) -> Any:
+        own = data.pop("session") if taken_out else data["session"]
+        seen.append(isinstance(own, Session))
+        return await handler(event, data)
+
+    dispatcher.update.outer_middleware(outermost)
+    dispatcher.update.outer_middleware(SessionMiddleware(shop.storage))
+    dispatcher.update.outer_middleware(innermost)
+    await dispatcher.feed_update(Bot("42:TEST"), message("tea"))
+    assert seen == [True, "of another"]
+
+
 async def test_an_update_that_nobody_handles_is_no_failure(
     open_storage: Open,
 ) -> None:
@@ -539,13 +615,6 @@ async def test_an_update_that_nobody_handles_is_no_failure(
 
     assert await dispatcher.feed_update(Bot("42:TEST"), message("tea")) is UNHANDLED
     assert [issubclass(made, Session) for made in seen] == [True]
-
-
-async def test_the_factory_is_no_session(storage: SQLAlchemyStorage) -> None:
-    _, bind = storage._runner.open()
-    with pytest.raises(TypeError, match="that you have opened"):
-        async with storage.using(sessionmaker(bind)):  # type: ignore[arg-type]
-            pass
 
 
 def test_a_middleware_needs_a_storage_that_has_transactions() -> None:

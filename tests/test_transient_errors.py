@@ -18,20 +18,20 @@ import pytest
 from aiogram.fsm.storage.base import StorageKey
 from anyio import to_thread
 from anyio.lowlevel import checkpoint
+from backends import SERVERS, Backend
 from blocking import locked, until
 from chaos.drivers import IMPATIENCE, small_pool
 from chaos.proxy import Proxy, free_port
 from chaos.servers import postgres
-from conftest import Open, in_session
+from conftest import Open
 from sqlalchemy import URL, Connection, Engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
-from ways import SERVERS, Way
 
 from hybrid_storage import SQLAlchemyStorage
-from hybrid_storage._errors import is_transient
+from hybrid_storage._engine.errors import is_transient
 
-NETWORKS = [way for way in SERVERS if way.server != "sqlite"]
+NETWORKS = [backend for backend in SERVERS if backend.server != "sqlite"]
 HANG = 30  # seconds after which a test is taken to hang
 in_thread = partial(to_thread.run_sync, abandon_on_cancel=True)
 
@@ -70,23 +70,23 @@ class Client:
 
 
 class Lab:
-    """A table of two rows on a way's server, and connections to make trouble with."""
+    """A table of two rows on a backend's server, and connections to make trouble with."""
 
-    def __init__(self, way: Way, url: URL) -> None:
-        self.way = way
+    def __init__(self, backend: Backend, url: URL) -> None:
+        self.backend = backend
         self.url = url
         self.table = f"trouble_{uuid.uuid4().hex}"
-        self.is_postgresql = way.server == "postgresql"
+        self.is_postgresql = backend.server == "postgresql"
         self._engines: list[Engine | AsyncEngine] = []
         self._clients: list[Client] = []
 
     async def connect(self, url: URL | None = None, **options: Any) -> Client:
         """Connect with an engine of its own.
 
-        :param url: where to, by default the way's server
+        :param url: where to, by default the backend's server
         :param options: the engine's
         """
-        return await self.connect_by(self.way.engine(url or self.url, **options))
+        return await self.connect_by(self.backend.engine(url or self.url, **options))
 
     async def connect_by(self, engine: Engine | AsyncEngine) -> Client:
         """Connect with an engine, which is disposed at the end."""
@@ -149,9 +149,9 @@ class Lab:
 
 
 @pytest.fixture
-async def lab(way: Way, url_of: Callable[[Way], URL]) -> AsyncIterator[Lab]:
+async def lab(backend: Backend, url_of: Callable[[Backend], URL]) -> AsyncIterator[Lab]:
     """Return a place to make trouble in."""
-    lab = Lab(way, url_of(way))
+    lab = Lab(backend, url_of(backend))
     await lab.fill()
     yield lab
     await lab.close()
@@ -220,7 +220,7 @@ async def hung_up_on(lab: Lab) -> None:
 
 async def no_answer_to_the_connection(lab: Lab) -> None:
     timeout = {"psycopg": "connect_timeout", "asyncpg": "timeout"}.get(
-        lab.way.driver, "read_timeout"
+        lab.backend.driver, "read_timeout"
     )
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
@@ -275,8 +275,8 @@ async def turned_read_only(lab: Lab) -> None:
 
 
 async def pool_exhausted(lab: Lab) -> None:
-    options = small_pool(lab.way.is_async, pool_size=1, max_overflow=0, pool_timeout=0.1)
-    engine = lab.way.engine(lab.url, **options)
+    options = small_pool(lab.backend.is_async, pool_size=1, max_overflow=0, pool_timeout=0.1)
+    engine = lab.backend.engine(lab.url, **options)
     await lab.connect_by(engine)
     await lab.connect_by(engine)
 
@@ -346,9 +346,9 @@ PASSING: dict[str, list[Trouble]] = {
 def cases(troubles: dict[str, list[Trouble]]) -> list[Any]:
     """Return the parameters of a test: every driver with its troubles."""
     return [
-        pytest.param(way, trouble, id=f"{way}-{trouble.__name__}")
-        for way in SERVERS
-        for trouble in [*troubles[way.server], *troubles.get(way.driver, ())]
+        pytest.param(backend, trouble, id=f"{backend}-{trouble.__name__}")
+        for backend in SERVERS
+        for trouble in [*troubles[backend.server], *troubles.get(backend.driver, ())]
     ]
 
 
@@ -362,7 +362,7 @@ async def error_of(trouble: Trouble, lab: Lab) -> Exception:
     raise AssertionError("nothing was raised")
 
 
-@pytest.mark.parametrize(("way", "trouble"), cases(PASSING))
+@pytest.mark.parametrize(("backend", "trouble"), cases(PASSING))
 async def test_an_error_that_passes_is_transient(lab: Lab, trouble: Trouble) -> None:
     error = await error_of(trouble, lab)
     assert is_transient(error), repr(error)
@@ -392,7 +392,7 @@ async def null_where_none_may_be(lab: Lab) -> None:
 
 
 async def unknown_database(lab: Lab) -> None:
-    name = "/no/such/folder" if lab.way.server == "sqlite" else "no_such_database"
+    name = "/no/such/folder" if lab.backend.server == "sqlite" else "no_such_database"
     await lab.connect(lab.url.set(database=name))
 
 
@@ -401,7 +401,7 @@ async def unknown_role(lab: Lab) -> None:
 
 
 async def not_permitted(lab: Lab) -> None:
-    if lab.way.server == "sqlite":
+    if lab.backend.server == "sqlite":
         client = await lab.connect()
         await client.run("PRAGMA query_only = ON")
         await client.run(lab.write())
@@ -431,7 +431,7 @@ LASTING: dict[str, list[Trouble]] = {
 }
 
 
-@pytest.mark.parametrize(("way", "trouble"), cases(LASTING))
+@pytest.mark.parametrize(("backend", "trouble"), cases(LASTING))
 async def test_an_error_that_lasts_is_not_transient(lab: Lab, trouble: Trouble) -> None:
     error = await error_of(trouble, lab)
     assert not is_transient(error), repr(error)
@@ -444,13 +444,13 @@ def guarded_postgres() -> Iterator[URL]:
         yield server.url
 
 
-@pytest.mark.parametrize("way", NETWORKS, ids=str)
+@pytest.mark.parametrize("backend", NETWORKS, ids=str)
 @pytest.mark.parametrize("password", [None, "wrong"], ids=["no password", "a wrong one"])
 async def test_a_refused_password_is_not_transient(
-    way: Way, url_of: Callable[[Way], URL], guarded_postgres: URL, password: str | None
+    backend: Backend, url_of: Callable[[Backend], URL], guarded_postgres: URL, password: str | None
 ) -> None:
-    url = guarded_postgres if way.server == "postgresql" else url_of(way)
-    lab = Lab(way, url.set(username="guest", password=password))
+    url = guarded_postgres if backend.server == "postgresql" else url_of(backend)
+    lab = Lab(backend, url.set(username="guest", password=password))
     error = await error_of(Lab.connect, lab)
     assert not is_transient(error), repr(error)
 
@@ -459,9 +459,9 @@ async def test_a_refused_password_is_not_transient(
 
 
 IN_EVERY_OUTAGE = pytest.mark.parametrize(
-    ("way", "kind"),
-    [pytest.param(way, "locked", id=f"{way}-locked") for way in SERVERS]
-    + [pytest.param(way, "unreachable", id=f"{way}-unreachable") for way in NETWORKS],
+    ("backend", "kind"),
+    [pytest.param(backend, "locked", id=f"{backend}-locked") for backend in SERVERS]
+    + [pytest.param(backend, "unreachable", id=f"{backend}-unreachable") for backend in NETWORKS],
 )
 SECRET = "s3cret"
 ROW = "42:-1001234567890:7"  # the id of the row of the key that the tests use
@@ -471,20 +471,20 @@ OpenTroubled = Callable[..., Awaitable[tuple[SQLAlchemyStorage, Outage]]]
 
 
 @pytest.fixture
-def proxy(way: Way, url_of: Callable[[Way], URL]) -> Iterator[Proxy]:
-    """Return a proxy before the way's server."""
-    url = url_of(way)
+def proxy(backend: Backend, url_of: Callable[[Backend], URL]) -> Iterator[Proxy]:
+    """Return a proxy before the backend's server."""
+    url = url_of(backend)
     folder = url.query.get("host")
-    port = url.port or (5432 if way.server == "postgresql" else 3306)
+    port = url.port or (5432 if backend.server == "postgresql" else 3306)
     with Proxy(f"{folder}/.s.PGSQL.{port}" if folder else (str(url.host), port)) as proxy:
         yield proxy
 
 
 @pytest.fixture
 async def open_troubled(
-    way: Way,
+    backend: Backend,
     kind: str,
-    url_of: Callable[[Way], URL],
+    url_of: Callable[[Backend], URL],
     proxy: Proxy,
     open_storage: Open,
     key: StorageKey,
@@ -492,14 +492,14 @@ async def open_troubled(
     """Return a function that opens a storage with a row, and tells what makes its writes fail."""
 
     async def open_troubled(**options: Any) -> tuple[SQLAlchemyStorage, Outage]:
-        arguments = IMPATIENCE[way.driver]
+        arguments = IMPATIENCE[backend.driver]
         if kind == "unreachable":
             arguments = {"host": "127.0.0.1", "port": proxy.port}
-        storage = await open_storage(way, engine_options={"connect_args": arguments}, **options)
+        storage = await open_storage(backend, engine_options={"connect_args": arguments}, **options)
         await storage.set_state(key, "old")
         if kind == "unreachable":
             return storage, proxy.closed
-        return storage, partial(locked, way, url_of(way), storage, key)
+        return storage, partial(locked, backend, url_of(backend), storage, key)
 
     return open_troubled
 
@@ -591,23 +591,26 @@ async def test_a_call_cancelled_between_attempts_makes_no_more(
     assert await storage.get_state(key) == "old"
 
 
-@pytest.mark.parametrize("way", SERVERS, ids=str)
+@pytest.mark.parametrize("backend", SERVERS, ids=str)
 async def test_an_error_that_lasts_is_raised_at_once(
-    way: Way, open_storage: Open, key: StorageKey, caplog: pytest.LogCaptureFixture
+    backend: Backend, open_storage: Open, key: StorageKey, caplog: pytest.LogCaptureFixture
 ) -> None:
-    storage = await open_storage(way, retry_for=10 * HANG)
-    await in_session(storage, lambda session: storage.table.drop(session.connection()))
+    storage = await open_storage(backend, retry_for=10 * HANG)
+    await storage.run_sync(lambda session: storage.table.drop(session.connection()))
     with anyio.fail_after(HANG), pytest.raises(DBAPIError):
         await storage.update_data(key, {"secret": SECRET})
     assert warnings(caplog) == []
 
 
-@pytest.mark.parametrize("way", NETWORKS, ids=str)
+@pytest.mark.parametrize("backend", NETWORKS, ids=str)
 async def test_the_log_has_neither_password_nor_data(
-    way: Way, url_of: Callable[[Way], URL], key: StorageKey, caplog: pytest.LogCaptureFixture
+    backend: Backend,
+    url_of: Callable[[Backend], URL],
+    key: StorageKey,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    url = url_of(way).set(host="127.0.0.1", port=free_port(), password=SECRET, query={})
-    storage = SQLAlchemyStorage(way.factory(way.engine(url)))
+    url = url_of(backend).set(host="127.0.0.1", port=free_port(), password=SECRET, query={})
+    storage = SQLAlchemyStorage(backend.factory(backend.engine(url)))
     await cancelled_by_a_scope(
         partial(storage.set_state, key, SECRET), until(lambda: len(warnings(caplog)) > 0)
     )

@@ -14,9 +14,9 @@ from typing import Any
 
 import aiohttp
 import pytest
+from backends import MARIADB, POSTGRESQL, SQLITE, Backend, mysql_version
 from sqlalchemy import URL, create_engine, text
 from sqlalchemy.orm import Session
-from ways import MARIADB, POSTGRESQL, SQLITE, Way, mysql_version
 from webhook_workers.__main__ import Telegram, Verdict, judge, updates, worker, workers
 from webhook_workers.tables import Base
 
@@ -35,12 +35,12 @@ REPORT = re.compile(
 
 @pytest.fixture(params=SYNCHRONOUS, ids=str)
 def database_url(
-    request: pytest.FixtureRequest, url_of: Callable[[Way], URL]
+    request: pytest.FixtureRequest, url_of: Callable[[Backend], URL]
 ) -> Iterator[dict[str, str]]:
     """Return the environment of the example: each time a database of its own."""
-    way: Way = request.param
-    url = url_of(way).set(drivername=f"{url_of(way).get_backend_name()}+{way.driver}")
-    if way.server == "sqlite":
+    backend: Backend = request.param
+    url = url_of(backend).set(drivername=f"{url_of(backend).get_backend_name()}+{backend.driver}")
+    if backend.server == "sqlite":
         yield environment(url)
         return
     name = f"webhook_{uuid.uuid4().hex}"
@@ -48,7 +48,7 @@ def database_url(
     with engine.connect() as connection:
         connection.execute(text(f"CREATE DATABASE {name}"))
         yield environment(url.set(database=name))
-        force = " WITH (FORCE)" if way.server == "postgresql" else ""
+        force = " WITH (FORCE)" if backend.server == "postgresql" else ""
         connection.execute(text(f"DROP DATABASE {name}{force}"))
     engine.dispose()
 

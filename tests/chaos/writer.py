@@ -192,7 +192,7 @@ async def _work(job: Job, journal: Journal, orders: Connection) -> int:
             tasks.start_soon(
                 _go_on, Client(f"{job.name}.{n}", storage, journal, job), journal, told
             )
-    pool: Any = storage._owned.pool if storage._owned is not None else None
+    pool: Any = await storage.run_sync(lambda session: session.get_bind(storage.model).engine.pool)
     left: int = pool.checkedout()
     await storage.close()
     return left
