@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -68,6 +68,7 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
         limiter: CapacityLimiter | None = None,
         retry_for: float = RETRY_FOR,
         slow_after: float = SLOW_AFTER,
+        context: Callable[[], AbstractContextManager[object]] = nullcontext,
         session: SessionFactory[S] | None = None,
         base: MetaData | type[HasMetaData] | None = None,
     ) -> None:
@@ -89,6 +90,8 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
             raised. 0 tries once
         :param slow_after: after how many seconds the log warns of a call that waits for the
             database
+        :param context: makes what the sessions need around them, such as Flask's
+            ``app.app_context``
         :param session: deprecated, ``sessionmaker`` under its former name
         :param base: deprecated, ``metadata`` under its former name
         :raises TypeError: if an argument is not of its kind
@@ -117,7 +120,9 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
         self._calls = Calls(self.model, Rows(self.table), codec)
         self.operations = Operations(self._calls)
         super().__init__(
-            Runner(*session_factory(factory), self._calls.bind_arguments, limiter), slow_after
+            Runner(*session_factory(factory), self._calls.bind_arguments, limiter, context),
+            slow_after,
+            getattr(factory, "registry", None),
         )
         self._retry_for = retry_for
         self._owned: AnyEngine | None = None

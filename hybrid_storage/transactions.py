@@ -20,10 +20,12 @@ from aiogram.types import TelegramObject
 from sqlalchemy.orm import Session, scoped_session
 from typing_extensions import TypeVar
 
+from ._engine.factories import check_bind
+from ._engine.joined import JoinedSession, open_joined
 from ._engine.retries import warning_if_slow
 from ._engine.runner import Runner
 from ._engine.scopes import Scope, ScopeClosed, TransactionScope
-from ._engine.slots import PARENT_WAIT, is_held_by_parent, pool_state, transaction_slot
+from ._engine.slots import PARENT_WAIT, Bind, is_held_by_parent, pool_state, transaction_slot
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
@@ -40,18 +42,20 @@ S = TypeVar("S", bound="Session | AsyncSession", default=Any)
 class Transactions(Generic[S]):
     """The part of the storage that opens, joins and ends transactions."""
 
-    def __init__(self, runner: Runner, slow_after: float) -> None:
+    def __init__(self, runner: Runner, slow_after: float, registry: object) -> None:
         """Remember what runs the calls that join nothing.
 
         :param runner: the storage's runner
         :param slow_after: after how many seconds to warn of a call that waits
+        :param registry: the registry of a scoped session, None if the factory is not scoped
         """
         self._runner = runner
         self._slow_after = slow_after
+        self._registry = registry
         self._joined: ContextVar[Scope | None] = ContextVar("joined", default=None)
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[S]:
+    async def transaction(self, *, allow_blocking: bool = False) -> AsyncIterator[S]:
         """Make the calls of this task, and whatever is done with the session, one transaction::
 
             async with storage.transaction() as session:
@@ -66,6 +70,8 @@ class Transactions(Generic[S]):
         join it while it is open; a ``transaction()`` of theirs is one of its own, in which no wait
         for a lock takes longer than 10 seconds, since the lock may be the parent's.
 
+        :param allow_blocking: let a synchronous session be used in the event loop's thread, where
+            each of its statements stops every handler for as long as it waits
         :raises RuntimeError: if it waits for a connection, or in SQLite for the write lock, that
             a transaction of its own task or of its parents holds
         :raises PendingRollbackError: if a call in the block was cancelled and the block went on
@@ -77,13 +83,11 @@ class Transactions(Generic[S]):
             async with scope.savepoint() as inner, self._joining(inner):
                 yield cast("S", inner.session)
             return
-        session, bind = self._runner.open()
+        session, side, bind = self._open(allow_blocking=allow_blocking)
         pool = pool_state(bind)
         lock_timeout = PARENT_WAIT if is_held_by_parent(pool) else None
         async with transaction_slot(pool):
-            own = TransactionScope(
-                session, bind, self._runner.bind_arguments, lock_timeout=lock_timeout
-            )
+            own = self._transaction_scope(session, side, bind, lock_timeout)
             async with self._ending(own), self._joining(own):
                 await own.begin()
                 yield cast("S", session)
@@ -100,7 +104,7 @@ class Transactions(Generic[S]):
         :raises TypeError: if it is neither
         :raises PendingRollbackError: if a call in the block was cancelled and the block went on
         """
-        scope = Scope(_unscoped(session))
+        scope = Scope(_unscoped(session), self._runner.context, self._registry)
         async with self._joining(scope):
             yield
         scope.raise_if_cancelled()
@@ -135,11 +139,41 @@ class Transactions(Generic[S]):
             return await self._in_own_transaction(work)
 
     async def _in_own_transaction(self, function: Callable[[Session], T]) -> T:
-        session, bind = self._runner.open()
+        _, bind = self._runner.open()
         async with self._runner.slot(bind, writes=True) as spare:
-            own = TransactionScope(session, bind, self._runner.bind_arguments, spare=spare)
+            session, side, bind = self._open(spare=spare)
+            own = self._transaction_scope(session, side, bind)
             async with self._ending(own):
                 return await own.run(function)
+
+    def _open(
+        self, *, spare: bool = False, allow_blocking: bool = False
+    ) -> tuple[AnySession, JoinedSession, Bind]:
+        runner = self._runner
+        with runner.context():
+            session, side = open_joined(
+                runner.factory, runner.is_async, spare=spare, allow_blocking=allow_blocking
+            )
+            bind = side.chosen_bind(**runner.bind_arguments)
+        check_bind(bind, runner.is_async)
+        return session, side, bind
+
+    def _transaction_scope(
+        self,
+        session: AnySession,
+        side: JoinedSession,
+        bind: Bind,
+        lock_timeout: float | None = None,
+    ) -> TransactionScope:
+        return TransactionScope(
+            session,
+            side,
+            bind,
+            self._runner.bind_arguments,
+            self._runner.context,
+            self._registry,
+            lock_timeout,
+        )
 
     def _scope(self) -> Scope | None:
         """Return the scope that calls join here: the innermost that is still open."""
@@ -178,17 +212,21 @@ class SessionMiddleware(BaseMiddleware):
     on to aiogram's error handlers, which then run outside the transaction.
     """
 
-    def __init__(self, storage: Transactions[Any], name: str = "session") -> None:
+    def __init__(
+        self, storage: Transactions[Any], name: str = "session", *, allow_blocking: bool = False
+    ) -> None:
         """Remember where to open transactions.
 
         :param storage: the storage of the dispatcher, a :class:`SQLAlchemyStorage`
         :param name: the name by which handlers get the session
+        :param allow_blocking: as of :meth:`SQLAlchemyStorage.transaction`
         :raises TypeError: if the storage is not of this package
         """
         if not isinstance(storage, Transactions):
             raise TypeError(f"SessionMiddleware() takes a SQLAlchemyStorage, not {storage!r}")
         self._storage = storage
         self._name = name
+        self._allow_blocking = allow_blocking
 
     async def __call__(
         self,
@@ -204,7 +242,7 @@ class SessionMiddleware(BaseMiddleware):
         :return: what the handler returns
         """
         others = {name: data[name] for name in (self._name,) if name in data}
-        async with self._storage.transaction() as session:
+        async with self._storage.transaction(allow_blocking=self._allow_blocking) as session:
             data[self._name] = session
             try:
                 return await handler(event, data)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, cast
 
 from sqlalchemy import URL, Connection, Engine, create_engine, make_url
@@ -76,6 +77,34 @@ def engine_and_factory(url: str | URL, options: dict[str, Any]) -> tuple[AnyEngi
 
     async_engine = create_async_engine(url, **options)
     return async_engine, async_sessionmaker(async_engine)
+
+
+@contextmanager
+def registered(registry: Any, session: AnySession) -> Iterator[None]:
+    """Make a session the one that the application's scoped session gives here.
+
+    :raises RuntimeError: if the registry cannot tell where it is
+    """
+    if registry is None:
+        yield
+        return
+    try:
+        former = registry() if registry.has() else None
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"the scoped session cannot be used in run_sync(): {error}. With Flask, say "
+            "SQLAlchemyStorage(db.session, db.Model, context=app.app_context)"
+        ) from error
+    registry.set(session)
+    try:
+        yield
+    finally:
+        if registry.has() and (left := registry()) is not session:
+            synchronous(left).close()  # opened after the function had removed the other
+        if former is None:
+            registry.clear()
+        else:
+            registry.set(former)
 
 
 def synchronous(session: AnySession) -> Session:

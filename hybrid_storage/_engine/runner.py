@@ -14,10 +14,10 @@ statement each; to set and reset it takes none.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 from weakref import WeakSet
 
 from anyio import CapacityLimiter
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from .factories import AnySession
 
 T = TypeVar("T")
+
+Context: TypeAlias = Callable[[], AbstractContextManager[object]]
+"""What the application's own rules need around them, such as Flask's ``app.app_context``."""
 
 # Engines behind a pooler that changes servers between transactions, which turns out when a
 # prepared statement is not there. asyncpg prepares a statement and runs it afterwards: that needs a
@@ -93,10 +96,12 @@ class Runner:
         is_async: bool,
         bind_arguments: Mapping[str, Any],
         limiter: CapacityLimiter | None,
+        context: Context,
     ) -> None:
         """Store what to use."""
-        self._factory = factory
-        self._is_async = is_async
+        self.factory = factory
+        self.is_async = is_async
+        self.context = context
         self.bind_arguments = dict(bind_arguments)
         self._limiter = limiter
 
@@ -105,9 +110,10 @@ class Runner:
 
         :raises TypeError: if that is an engine of the other kind
         """
-        session = self._factory()
-        bind = synchronous(session).get_bind(**(bind_arguments or self.bind_arguments))
-        check_bind(bind, self._is_async)
+        with self.context():
+            session = self.factory()
+            bind = synchronous(session).get_bind(**(bind_arguments or self.bind_arguments))
+        check_bind(bind, self.is_async)
         return session, bind
 
     async def execute(self, call: Call[T], *, is_heartbeat: bool = False) -> T:
@@ -120,7 +126,7 @@ class Runner:
         """
         session, bind = self.open(call.bind_arguments)
         slot = _heartbeat_slot(bind) if is_heartbeat else self.slot(bind, call.writes)
-        work = partial(_on_connection, synchronous(session), bind, call)
+        work = partial(_on_connection, synchronous(session), bind, call, self.context)
         try:
             async with slot as spare:
                 return await carry(session, bind, partial(work, spare))
@@ -182,9 +188,15 @@ async def carry(
 
 
 def _on_connection(
-    session: Session, bind: Bind, call: Call[T], spare: bool, interrupter: Interrupter
+    session: Session,
+    bind: Bind,
+    call: Call[T],
+    context: Context,
+    spare: bool,
+    interrupter: Interrupter,
 ) -> T:
     with (
+        context(),
         exclusive(bind),
         _connected(session, bind, call, spare) as connection,
         interrupter.reaching(connection),
@@ -202,7 +214,7 @@ def _connected(session: Session, bind: Bind, call: Call[Any], spare: bool) -> It
             if call.writes:
                 session.commit()
         return
-    with _checked_out(bind, spare) as connection:
+    with checked_out(bind, spare) as connection:
         if _autocommits(bind):
             # Unless a listener of the pool's has begun a transaction: that is committed below.
             with suppress(DBAPIError, bind.dialect.loaded_dbapi.Error):
@@ -222,12 +234,12 @@ def bound(session: Session, bind: Bind, spare: bool = False) -> Iterator[None]:
     if session.bind is not bind and not spare:
         yield
         return
-    with _checked_out(bind, spare) as session.bind:
+    with checked_out(bind, spare) as session.bind:
         yield
 
 
 @contextmanager
-def _checked_out(bind: Bind, spare: bool) -> Iterator[Connection]:
+def checked_out(bind: Bind, spare: bool) -> Iterator[Connection]:
     """Give a connection of an engine's pool, or the one that the sessions are bound to."""
     if isinstance(bind, Connection):
         yield bind

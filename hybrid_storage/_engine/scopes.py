@@ -18,14 +18,14 @@ from anyio import Lock, move_on_after
 from sqlalchemy import Connection
 from sqlalchemy.dialects.mysql.base import MySQLDialect
 from sqlalchemy.dialects.postgresql.base import PGDialect
-from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm import Session
 
 from .cancellation import Interrupter, run_to_completion
 from .errors import is_lock_timeout
-from .factories import synchronous
-from .runner import Call, bound, carry, carry_to_completion
+from .factories import registered, synchronous
+from .joined import JoinedSession, begin_for_real
+from .runner import Call, Context, carry, carry_to_completion
 from .slots import PARENT_WAIT, WAITS_FOR_PARENT, Bind, exclusive
 
 if TYPE_CHECKING:
@@ -41,9 +41,17 @@ class ScopeClosed(Exception):
 class Scope:
     """A session that calls join."""
 
-    def __init__(self, session: AnySession, parent: Scope | None = None) -> None:
+    def __init__(
+        self,
+        session: AnySession,
+        context: Context = nullcontext,
+        registry: object = None,
+        parent: Scope | None = None,
+    ) -> None:
         """Remember the session."""
         self.session = session
+        self.context = context
+        self.registry = registry
         self.task = asyncio.current_task()
         self.is_open = True
         self.parent = parent
@@ -72,13 +80,22 @@ class Scope:
         """Call a function of the application's with the session, as :meth:`execute` does a call."""
 
         def in_session(session: Session, interrupter: Interrupter) -> T:
-            # A connection that the session has from a pool goes back when the function commits: to
-            # interrupt it might end what another does with it.
-            bind = session.bind
-            with interrupter.reaching(bind) if isinstance(bind, Connection) else nullcontext():
+            connection = self._root._own_connection(session)
+            with (
+                registered(self.registry, self.session),
+                interrupter.reaching(connection) if connection is not None else nullcontext(),
+            ):
                 return function(session)
 
         return await self._carry(in_session, None)
+
+    def _own_connection(self, session: Session) -> Connection | None:
+        """Return the connection that the session has for as long as the scope is open.
+
+        One that it has from a pool goes back when the function commits: to interrupt that might
+        end what another does with it.
+        """
+        return session.bind if isinstance(session.bind, Connection) else None
 
     async def close(self) -> None:
         """End the scope, after the call that is under way: the session is the caller's again."""
@@ -109,20 +126,27 @@ class Scope:
         """
         async with self._turn():
             self._has_savepoint = True
-            inner = Scope(self.session, self)
+            inner = Scope(self.session, self.context, self.registry, self)
             try:
-                savepoint = await inner._carry(_begin_nested, None)
+                end = await inner._carry(self._root._begin_savepoint, None)
                 try:
                     yield inner
                 except BaseException:
                     await inner.close()
-                    await carry_to_completion(self.session, lambda _: savepoint.rollback())
+                    await carry_to_completion(self.session, partial(end, False))
                     raise
                 await inner.close()
                 self.raise_if_cancelled()
-                await carry_to_completion(self.session, lambda _: savepoint.commit())
+                await carry_to_completion(self.session, partial(end, True))
             finally:
                 self._has_savepoint = False
+
+    def _begin_savepoint(
+        self, session: Session, _: Interrupter
+    ) -> Callable[[bool, Session], object]:
+        begin_for_real(session.connection())
+        savepoint = session.begin_nested()
+        return lambda commits, _: savepoint.commit() if commits else savepoint.rollback()
 
     async def _carry(self, work: Callable[[Session, Interrupter], T], bind: Bind | None) -> T:
         async with self._turn():
@@ -134,7 +158,8 @@ class Scope:
                 raise
 
     def _in_order(self, work: Callable[[Session, Interrupter], T], interrupter: Interrupter) -> T:
-        return work(synchronous(self.session), interrupter)
+        with self.context():
+            return work(synchronous(self.session), interrupter)
 
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
@@ -154,24 +179,27 @@ class Scope:
 
 
 class TransactionScope(Scope):
-    """A scope with a session of the storage's own, on one connection that it keeps to its end."""
+    """A scope with a session of the storage's own, on connections that it keeps to its end."""
+
+    session: AnySession
 
     def __init__(
         self,
         session: AnySession,
+        side: JoinedSession,
         bind: Bind,
         bind_arguments: Mapping[str, Any],
-        *,
-        spare: bool = False,
+        context: Context,
+        registry: object,
         lock_timeout: float | None = None,
     ) -> None:
-        """Remember the session."""
-        super().__init__(session)
+        """Remember the session; ``lock_timeout`` is how many seconds to wait for a lock."""
+        super().__init__(session, context, registry)
+        self._side = side
         self._bind = bind
         self._bind_arguments = dict(bind_arguments)
-        self._spare = spare
         self._lock_timeout = lock_timeout
-        self._stack: ExitStack | None = None
+        self._connection: Connection | None = None
         self._timeout = ExitStack()
 
     async def begin(self) -> None:
@@ -179,7 +207,7 @@ class TransactionScope(Scope):
         await self._carry(lambda session, interrupter: None, self._bind)
 
     async def end(self, succeeded: bool) -> None:
-        """Commit or roll back, and give the connection back, even if the caller is cancelled.
+        """Commit or roll back, and give the connections back, even if the caller is cancelled.
 
         :raises PendingRollbackError: if a call was cancelled and the block went on all the same
         """
@@ -188,33 +216,66 @@ class TransactionScope(Scope):
         if succeeded:
             self.raise_if_cancelled()
 
-    def _begin(self, session: Session) -> None:
-        if self._stack is not None:
+    def _begin(self) -> None:
+        if self._connection is not None:
             return
-        with ExitStack() as stack:
-            stack.enter_context(bound(session, self._bind, self._spare))
-            stack.enter_context(session)
-            session.begin()
-            if self._lock_timeout is not None:
-                connection = session.connection(self._bind_arguments)
-                self._timeout.enter_context(_lock_timeout(connection, self._lock_timeout))
-            self._stack = stack.pop_all()
+        self._connection = self._side.joined.connection(self._bind)
+        if self._lock_timeout is not None:
+            self._timeout.enter_context(_lock_timeout(self._connection, self._lock_timeout))
 
     def _end(self, session: Session, *, commits: bool) -> None:
-        with exclusive(self._bind), self._stack or nullcontext():
-            self._timeout.close()
-            if commits:
-                session.commit()
+        with exclusive(self._bind), self.context():
+            committed = False
+            try:
+                if commits:
+                    session.commit()
+                committed = commits
+            finally:
+                try:
+                    session.close()
+                    self._timeout.close()
+                finally:
+                    self._side.joined.end(commits=committed)
 
     def _in_order(self, work: Callable[[Session, Interrupter], T], interrupter: Interrupter) -> T:
         with exclusive(self._bind):
             try:
-                self._begin(synchronous(self.session))
+                self._begin()
                 return super()._in_order(work, interrupter)
             except DBAPIError as error:
                 if self._lock_timeout is not None and is_lock_timeout(error):
                     error.add_detail(WAITS_FOR_PARENT.format(self._lock_timeout))
                 raise
+
+    def _own_connection(self, session: Session) -> Connection | None:
+        return self._connection
+
+    def _begin_savepoint(
+        self, session: Session, _: Interrupter
+    ) -> Callable[[bool, Session], object]:
+        # Below the session's own savepoint, or a function that commits would release both.
+        _release(session)
+        self._side.joined.savepoint()
+        return self._end_savepoint
+
+    def _end_savepoint(self, commits: bool, session: Session) -> None:
+        with exclusive(self._bind), self.context():
+            if commits:
+                _release(session)
+            else:
+                session.rollback()
+                session.expire_all()
+            self._side.joined.end_savepoint(commits=commits)
+
+
+def _release(session: Session) -> None:
+    """Have a session release its savepoint, and keep what it has loaded."""
+    expires, session.expire_on_commit = session.expire_on_commit, False
+    try:
+        if session.in_transaction():
+            session.commit()
+    finally:
+        session.expire_on_commit = expires
 
 
 @contextmanager
@@ -234,14 +295,3 @@ def _lock_timeout(connection: Connection, seconds: float) -> Iterator[None]:
                 connection.exec_driver_sql(f"{variable} = {former}")
     else:
         yield
-
-
-def _begin_nested(session: Session, _: Interrupter) -> SessionTransaction:
-    connection = session.connection()
-    if isinstance(connection.dialect, SQLiteDialect):
-        # Python's driver begins a transaction before the first write only. A savepoint before
-        # that would be the transaction itself, and its release would commit.
-        driver_connection = connection.connection.driver_connection
-        if driver_connection is not None and not driver_connection.in_transaction:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-    return session.begin_nested()

@@ -1,0 +1,171 @@
+"""One transaction on connections of the storage's own, joined by a session of the application's.
+
+Legacy functions commit, roll back and close the session that they get. Here the transaction is that
+of the connections: SQLAlchemy's ``join_transaction_mode="create_savepoint"`` makes a commit of the
+session's a savepoint of theirs, and nothing is there for others before all is. For ``scopes.py``.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import ExitStack
+from functools import cache
+from typing import TYPE_CHECKING, Any, cast
+
+from sqlalchemy import Connection, event
+from sqlalchemy.dialects.sqlite.base import SQLiteDialect
+from sqlalchemy.engine import Transaction, TwoPhaseTransaction
+from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.orm import Session, SessionTransaction
+
+from .factories import synchronous
+from .runner import checked_out
+from .slots import Bind
+
+if TYPE_CHECKING:
+    from .factories import AnySession
+
+_STATEMENTS = ("before_cursor_execute", "begin", "commit", "rollback", "savepoint")
+_BLOCKS = (
+    "this session blocks the event loop: a statement that waits, for a row lock or for SQLite's "
+    "file, stops every handler of the bot, for ever if one of them holds the lock. Use it in a "
+    "worker thread instead: `await storage.run_sync(lambda session: session.execute(...))`, or "
+    "`await storage.run_sync(function, ...)` for a function that takes the session first. If you "
+    "know that it does not wait, say `transaction(allow_blocking=True)`"
+)
+
+
+class JoinedConnections:
+    """The connections of one transaction: one for each engine that the session asks for."""
+
+    def __init__(self, *, spare: bool, twophase: bool, blocks_in: int | None) -> None:
+        """Open none so far.
+
+        :param spare: whether to connect beyond the pools, all of whose connections are in use
+        :param twophase: whether to prepare on all connections before committing on the first
+        :param blocks_in: the thread in which statements are refused, None for no thread
+        """
+        self._spare = spare
+        self._twophase = twophase
+        self._blocks_in = blocks_in
+        self._stack = ExitStack()
+        self._connections: dict[Bind, Connection] = {}
+        self._transactions: list[Transaction] = []
+        self._savepoints: list[list[Transaction]] = []
+
+    def connection(self, bind: Bind) -> Connection:
+        """Return the connection to use in place of an engine, begun if it is the first time."""
+        connection = self._connections.get(bind)
+        if connection is not None:
+            return connection
+        self.refuse()
+        connection = self._stack.enter_context(checked_out(bind, self._spare))
+        self._transactions.append(self._begun(connection))
+        self._connections[bind] = connection
+        for savepoints in self._savepoints:
+            savepoints.append(connection.begin_nested())
+        if self._blocks_in is not None and connection is not bind:
+            for name in _STATEMENTS:
+                event.listen(connection, name, self.refuse)
+        return connection
+
+    def _begun(self, connection: Connection) -> Transaction:
+        if connection.in_transaction():  # of a test suite's, which will roll it back
+            return connection.begin_nested()
+        transaction = connection.begin_twophase() if self._twophase else connection.begin()
+        begin_for_real(connection)
+        return transaction
+
+    def refuse(self, *_: object) -> None:
+        """Refuse what would block the event loop.
+
+        :raises InvalidRequestError: in the event loop's thread
+        """
+        if self._blocks_in == threading.get_ident():
+            raise InvalidRequestError(_BLOCKS)
+
+    def savepoint(self) -> None:
+        """Begin what can be undone by itself."""
+        self._savepoints.append([each.begin_nested() for each in self._connections.values()])
+
+    def end_savepoint(self, *, commits: bool) -> None:
+        """Keep or undo what has been done since the last savepoint."""
+        for savepoint in reversed(self._savepoints.pop()):
+            if savepoint.is_active:
+                savepoint.commit() if commits else savepoint.rollback()
+
+    def end(self, *, commits: bool) -> None:
+        """Commit or roll back on all connections, and give them back."""
+        with self._stack:
+            if commits:
+                for each in self._transactions:
+                    if isinstance(each, TwoPhaseTransaction) and len(self._transactions) > 1:
+                        each.prepare()
+            for each in self._transactions:
+                each.commit() if commits else each.rollback()
+
+
+class JoinedSession(Session):
+    """What is added to the application's own session class."""
+
+    joined: JoinedConnections
+
+    def chosen_bind(self, **arguments: Any) -> Bind:
+        """Return what the application's own rules choose."""
+        return super().get_bind(**arguments)
+
+    def get_bind(self, *args: Any, **kwargs: Any) -> Connection:
+        """Return the transaction's connection to what the application's own rules choose."""
+        return self.joined.connection(super().get_bind(*args, **kwargs))
+
+    def begin(self, nested: bool = False) -> SessionTransaction:
+        """Begin, or begin a savepoint in what has begun: ``with session.begin():`` works."""
+        return super().begin(nested=nested or self.in_transaction())
+
+    def commit(self) -> None:
+        """Release the session's savepoint, unless that would block the event loop."""
+        self.joined.refuse()
+        super().commit()
+
+    def rollback(self) -> None:
+        """Roll back to the session's savepoint, unless that would block the event loop."""
+        self.joined.refuse()
+        super().rollback()
+
+
+@cache
+def joining(base: type[Session]) -> type[JoinedSession]:
+    """Return a session class that joins, derived from one of the application's."""
+    return cast("type[JoinedSession]", type(base.__name__, (JoinedSession, base), {}))
+
+
+def open_joined(
+    factory: Any, is_async: bool, *, spare: bool, allow_blocking: bool
+) -> tuple[AnySession, JoinedSession]:
+    """Return a new session that joins connections of its own, and its synchronous side."""
+    settings: dict[str, Any] = getattr(factory, "kw", {})
+    options = {"join_transaction_mode": "create_savepoint", "twophase": False}
+    session: AnySession
+    if is_async:
+        base = settings.get("sync_session_class") or factory.class_.sync_session_class
+        session = factory(sync_session_class=joining(base), **options)
+    else:
+        session = joining(factory.class_)(**{**settings, **options})
+    side = cast("JoinedSession", synchronous(session))
+    side.joined = JoinedConnections(
+        spare=spare,
+        twophase=bool(settings.get("twophase")),
+        blocks_in=None if is_async or allow_blocking else threading.get_ident(),
+    )
+    return session, side
+
+
+def begin_for_real(connection: Connection) -> None:
+    """Begin in SQLite, where Python's driver begins before the first write only.
+
+    A savepoint before that would be the transaction itself, and its release would commit.
+    """
+    if isinstance(connection.dialect, SQLiteDialect):
+        driver_connection = connection.connection.driver_connection
+        if driver_connection is not None and not driver_connection.in_transaction:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
