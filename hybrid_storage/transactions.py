@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
+from functools import partial
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeAlias, cast
 
@@ -23,9 +24,16 @@ from typing_extensions import TypeVar
 from ._engine.factories import check_bind
 from ._engine.joined import JoinedSession, open_joined
 from ._engine.retries import warning_if_slow
-from ._engine.runner import Runner
+from ._engine.runner import Runner, checked_out
 from ._engine.scopes import Scope, ScopeClosed, TransactionScope
-from ._engine.slots import PARENT_WAIT, Bind, is_held_by_parent, pool_state, transaction_slot
+from ._engine.slots import (
+    PARENT_WAIT,
+    Bind,
+    PoolState,
+    is_held_by_parent,
+    pool_state,
+    transaction_slot,
+)
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
@@ -87,7 +95,14 @@ class Transactions(Generic[S]):
         pool = pool_state(bind)
         lock_timeout = PARENT_WAIT if is_held_by_parent(pool) else None
         async with transaction_slot(pool):
-            own = self._transaction_scope(session, side, bind, lock_timeout)
+            own = TransactionScope(
+                session,
+                side,
+                bind,
+                self._runner.context,
+                self._registry,
+                lock_timeout=lock_timeout,
+            )
             async with self._ending(own), self._joining(own):
                 await own.begin()
                 yield cast("S", session)
@@ -139,41 +154,29 @@ class Transactions(Generic[S]):
             return await self._in_own_transaction(work)
 
     async def _in_own_transaction(self, function: Callable[[Session], T]) -> T:
-        _, bind = self._runner.open()
-        async with self._runner.slot(bind, writes=True) as spare:
-            session, side, bind = self._open(spare=spare)
-            own = self._transaction_scope(session, side, bind)
+        async def in_slot(pool: PoolState | None) -> T:
+            session, side, bind = self._open(is_one=False)
+            connect = partial(checked_out, pool=pool)
+            own = TransactionScope(
+                session, side, bind, self._runner.context, self._registry, connect=connect
+            )
             async with self._ending(own):
                 return await own.run(function)
 
+        _, bind = self._runner.open()
+        return await self._runner.in_slot(bind, True, in_slot)
+
     def _open(
-        self, *, spare: bool = False, allow_blocking: bool = False
+        self, *, is_one: bool = True, allow_blocking: bool = False
     ) -> tuple[AnySession, JoinedSession, Bind]:
         runner = self._runner
         with runner.context():
             session, side = open_joined(
-                runner.factory, runner.is_async, spare=spare, allow_blocking=allow_blocking
+                runner.factory, runner.is_async, is_one=is_one, allow_blocking=allow_blocking
             )
             bind = side.chosen_bind(**runner.bind_arguments)
         check_bind(bind, runner.is_async)
         return session, side, bind
-
-    def _transaction_scope(
-        self,
-        session: AnySession,
-        side: JoinedSession,
-        bind: Bind,
-        lock_timeout: float | None = None,
-    ) -> TransactionScope:
-        return TransactionScope(
-            session,
-            side,
-            bind,
-            self._runner.bind_arguments,
-            self._runner.context,
-            self._registry,
-            lock_timeout,
-        )
 
     def _scope(self) -> Scope | None:
         """Return the scope that calls join here: the innermost that is still open."""

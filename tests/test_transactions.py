@@ -24,7 +24,7 @@ from aiogram.types import Chat, ErrorEvent, Message, Update, User
 from backends import SERVERS, SQLITE, Backend
 from blocking import locked
 from conftest import Open, engine_of, new_session, rows
-from sqlalchemy import MetaData, String, event, select
+from sqlalchemy import MetaData, String, event, select, text
 from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import (
@@ -191,7 +191,7 @@ async def test_a_call_that_is_cancelled_twice_still_rolls_back(shop: Shop, key: 
 KILLED = """
 import asyncio, os, signal, sys
 from aiogram.fsm.storage.base import StorageKey
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, text, text
 from sqlalchemy.orm import sessionmaker
 from hybrid_storage import SQLAlchemyStorage
 
@@ -263,6 +263,12 @@ async def test_calls_of_concurrent_tasks_inside_join_and_take_turns(
     assert await shop.storage.get_data(key) == {}
 
 
+LONG = text(
+    "WITH RECURSIVE t(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM t WHERE n < 30000000)"
+    " SELECT count(*) FROM t"
+)
+
+
 @pytest.mark.parametrize("using", [False, True], ids=["transaction", "using"])
 @pytest.mark.parametrize("backend", SERVERS, ids=str)
 async def test_a_transaction_does_not_go_on_after_a_cancelled_call(
@@ -290,6 +296,16 @@ async def test_a_transaction_does_not_go_on_after_a_cancelled_call(
         with pytest.raises(PendingRollbackError, match="was cancelled, so the transaction cannot"):
             await storage.get_state(key)
 
+    async def give_up_a_function() -> None:
+        """Where nobody else can hold the lock: SQLite has but one, which the transaction holds."""
+        call = asyncio.ensure_future(storage.run_sync(lambda session: session.execute(LONG)))
+        await asyncio.sleep(0.2)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        with pytest.raises(PendingRollbackError, match="was cancelled, so the transaction cannot"):
+            await storage.get_state(key)
+
     if using:
         async with a_session(storage) as session:
             with pytest.raises(PendingRollbackError):
@@ -298,9 +314,8 @@ async def test_a_transaction_does_not_go_on_after_a_cancelled_call(
     else:
         with pytest.raises(PendingRollbackError):
             async with storage.transaction():
-                if backend.server != "sqlite":  # whose file would be locked
-                    await storage.set_state(other, "written")
-                await give_up_a_call()
+                await storage.set_state(other, "written")
+                await (give_up_a_function if backend.server == "sqlite" else give_up_a_call)()
     assert await storage.get_state(key) == "before"
     assert await storage.get_state(other) is None
 

@@ -10,8 +10,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
-from inspect import isawaitable
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from anyio import CancelScope
@@ -21,11 +20,13 @@ T = TypeVar("T")
 
 logger = logging.getLogger("hybrid_storage")
 
+_DRIVERS = frozenset({"aiosqlite", "psycopg", "psycopg2", "sqlite3"})
+_AIOSQLITE = frozenset({"aiosqlite"})
 _SERVER_ANSWERS_WITHIN = 5.0  # seconds: the limit of one request to cancel
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0  # seconds between requests to cancel
 
 
-class StatementCancelledError(Exception):
+class StatementCancelledError(asyncio.CancelledError):
     """The caller was cancelled: the worker must not go on to the next step."""
 
 
@@ -54,6 +55,10 @@ class Interrupter:
             self._driver_connection = connection.connection.driver_connection
         try:
             yield
+        except asyncio.CancelledError:
+            # Its thread goes on with a statement that nobody awaits any more.
+            _end_statement(self._driver_connection, only_in=_AIOSQLITE)
+            raise
         finally:
             with self._lock:
                 self._driver_connection = None
@@ -63,42 +68,52 @@ class Interrupter:
         if self._is_requested:
             raise StatementCancelledError
 
-    def request(self) -> object:
+    def request(self) -> None:
         """End the statement under way, if there is one. Blocks until the server has answered."""
         with self._lock:
             self._is_requested = True
-            return _end_statement(self._driver_connection)
+            _end_statement(self._driver_connection)
 
     async def request_until(
-        self, done: asyncio.Future[Any], call: Callable[[Callable[[], object]], Awaitable[object]]
+        self, done: asyncio.Future[Any], call: Callable[[Callable[[], None]], Awaitable[None]]
     ) -> None:
         """Go on requesting until a call has ended: one between two statements ends nothing."""
         pause = _FIRST_PAUSE
         while not done.done():
             try:
-                answer = await call(self.request)
-                if isawaitable(answer):
-                    await answer
+                await call(self.request)
             except Exception as error:  # the server does not answer; it may the next time
                 logger.warning("could not cancel a statement: %s", error)
             await asyncio.wait([done], timeout=pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
 
-def _end_statement(driver_connection: Any) -> object:
+def _end_statement(driver_connection: Any, only_in: frozenset[str] = _DRIVERS) -> None:
     """End the statement of a driver's connection, if the driver has a way to."""
     families = {kind.__module__.partition(".")[0] for kind in type(driver_connection).__mro__}
-    if families & {"sqlite3", "aiosqlite"}:
-        return driver_connection.interrupt()
-    if "psycopg" in families and hasattr(driver_connection, "cancel_safe"):  # since psycopg 3.2
-        return driver_connection.cancel_safe(timeout=_SERVER_ANSWERS_WITHIN)
-    if families & {"psycopg", "psycopg2"}:
-        return driver_connection.cancel()
-    return None
+    families &= only_in
+    if "aiosqlite" in families:
+        # Its coroutine interrupts before it first waits, and refuses if the connection is closed.
+        with suppress(StopIteration, ValueError):
+            driver_connection.interrupt().send(None)
+    elif "sqlite3" in families:
+        driver_connection.interrupt()
+    elif "psycopg" in families and hasattr(driver_connection, "cancel_safe"):  # since psycopg 3.2
+        driver_connection.cancel_safe(timeout=_SERVER_ANSWERS_WITHIN)
+    elif families:
+        driver_connection.cancel()
 
 
-async def run_to_completion(coroutine: Awaitable[T], interrupter: Interrupter | None = None) -> T:
-    """Run an awaitable to completion even if the caller is cancelled, then re-raise."""
+async def run_to_completion(
+    coroutine: Awaitable[T], interrupter: Interrupter | None = None, *, cancels: bool = False
+) -> T:
+    """Run an awaitable to completion even if the caller is cancelled, then re-raise.
+
+    :param coroutine: runs in a task of its own
+    :param interrupter: ends the awaitable's statements if the caller is cancelled
+    :param cancels: cancel the awaitable, but once only: a driver that is cancelled again while it
+        cancels at the server gives up, and the statement goes on there
+    """
     task = asyncio.ensure_future(coroutine)
     try:
         return await asyncio.shield(task)
@@ -106,14 +121,19 @@ async def run_to_completion(coroutine: Awaitable[T], interrupter: Interrupter | 
         cancellation = cancelled  # of the caller, or of the awaitable itself
     # Outside of the except block: before Python 3.11, anyio tells its own cancellations from those
     # of others by the exception's context.
-    if interrupter is not None:
-        await wait_until_done(interrupter.request_until(task, _at_once))
-    await wait_until_done(task)
+    try:
+        if cancels:
+            if not getattr(task, "cancelling", bool)():  # by asyncio.run(), which ends all tasks
+                task.cancel()
+        elif interrupter is not None:
+            await wait_until_done(interrupter.request_until(task, _at_once))
+    finally:
+        await wait_until_done(task)
     raise cancellation
 
 
-async def _at_once(request: Callable[[], object]) -> object:
-    return request()
+async def _at_once(request: Callable[[], None]) -> None:
+    request()
 
 
 async def wait_until_done(awaitable: Awaitable[Any]) -> None:

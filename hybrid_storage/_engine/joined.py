@@ -19,7 +19,7 @@ from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import Session, SessionTransaction
 
 from .factories import synchronous
-from .runner import checked_out
+from .runner import Connect, connected
 from .slots import Bind
 
 if TYPE_CHECKING:
@@ -38,14 +38,14 @@ _BLOCKS = (
 class JoinedConnections:
     """The connections of one transaction: one for each engine that the session asks for."""
 
-    def __init__(self, *, spare: bool, twophase: bool, blocks_in: int | None) -> None:
+    def __init__(self, *, is_one: bool, twophase: bool, blocks_in: int | None) -> None:
         """Open none so far.
 
-        :param spare: whether to connect beyond the pools, all of whose connections are in use
+        :param is_one: whether all is one transaction, whatever the session commits
         :param twophase: whether to prepare on all connections before committing on the first
         :param blocks_in: the thread in which statements are refused, None for no thread
         """
-        self._spare = spare
+        self._is_one = is_one
         self._twophase = twophase
         self._blocks_in = blocks_in
         self._stack = ExitStack()
@@ -53,14 +53,15 @@ class JoinedConnections:
         self._transactions: list[Transaction] = []
         self._savepoints: list[list[Transaction]] = []
 
-    def connection(self, bind: Bind) -> Connection:
+    def connection(self, bind: Bind, connect: Connect = connected) -> Connection:
         """Return the connection to use in place of an engine, begun if it is the first time."""
         connection = self._connections.get(bind)
         if connection is not None:
             return connection
         self.refuse()
-        connection = self._stack.enter_context(checked_out(bind, self._spare))
-        self._transactions.append(self._begun(connection))
+        connection = self._stack.enter_context(connect(bind))
+        if self._is_one:
+            self._transactions.append(self._begun(connection))
         self._connections[bind] = connection
         for savepoints in self._savepoints:
             savepoints.append(connection.begin_nested())
@@ -140,11 +141,13 @@ def joining(base: type[Session]) -> type[JoinedSession]:
 
 
 def open_joined(
-    factory: Any, is_async: bool, *, spare: bool, allow_blocking: bool
+    factory: Any, is_async: bool, *, is_one: bool, allow_blocking: bool
 ) -> tuple[AnySession, JoinedSession]:
     """Return a new session that joins connections of its own, and its synchronous side."""
     settings: dict[str, Any] = getattr(factory, "kw", {})
-    options = {"join_transaction_mode": "create_savepoint", "twophase": False}
+    options: dict[str, Any] = {}
+    if is_one:
+        options = {"join_transaction_mode": "create_savepoint", "twophase": False}
     session: AnySession
     if is_async:
         base = settings.get("sync_session_class") or factory.class_.sync_session_class
@@ -153,7 +156,7 @@ def open_joined(
         session = joining(factory.class_)(**{**settings, **options})
     side = cast("JoinedSession", synchronous(session))
     side.joined = JoinedConnections(
-        spare=spare,
+        is_one=is_one,
         twophase=bool(settings.get("twophase")),
         blocks_in=None if is_async or allow_blocking else threading.get_ident(),
     )

@@ -13,8 +13,8 @@ statement each; to set and reset it takes none.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
@@ -29,7 +29,7 @@ from sqlalchemy.orm import Session
 from .cancellation import Interrupter, run_to_completion
 from .errors import is_misplaced_statement, is_missing_column, is_missing_table
 from .factories import check_bind, synchronous
-from .slots import Bind, acquired, exclusive, pool_state
+from .slots import Bind, PoolState, PoolTaken, acquired, exclusive, pool_state
 from .threads import run_in_thread
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ T = TypeVar("T")
 
 Context: TypeAlias = Callable[[], AbstractContextManager[object]]
 """What the application's own rules need around them, such as Flask's ``app.app_context``."""
+
+Connect: TypeAlias = Callable[[Bind], AbstractContextManager[Connection]]
 
 # Engines behind a pooler that changes servers between transactions, which turns out when a
 # prepared statement is not there. asyncpg prepares a statement and runs it afterwards: that needs a
@@ -125,41 +127,42 @@ class Runner:
         :raises RuntimeError: if it would wait for a transaction of its own task, or of its parents
         """
         session, bind = self.open(call.bind_arguments)
-        slot = _heartbeat_slot(bind) if is_heartbeat else self.slot(bind, call.writes)
         work = partial(_on_connection, synchronous(session), bind, call, self.context)
         try:
-            async with slot as spare:
-                return await carry(session, bind, partial(work, spare))
+            if is_heartbeat:
+                pool = pool_state(bind)
+                async with pool.heartbeat():
+                    spare = pool.are_connections_taken(bind, by_calls_too=True)
+                    return await carry(session, bind, partial(work, None if spare else pool))
+            return await self.in_slot(
+                bind, call.writes, lambda pool: carry(session, bind, partial(work, pool))
+            )
         except DBAPIError as error:
             if is_misplaced_statement(error):
                 _behind_poolers.add(bind.engine)
             raise
 
-    @asynccontextmanager
-    async def slot(self, bind: Bind, writes: bool) -> AsyncIterator[bool]:
-        """Hold a slot for a call.
+    async def in_slot(
+        self, bind: Bind, writes: bool, work: Callable[[PoolState | None], Awaitable[T]]
+    ) -> T:
+        """Do the work of a call in a slot, beyond the pool if handlers hold all connections.
 
+        :param bind: the engine, or the connection, that the work uses
+        :param writes: whether it writes
+        :param work: gets the state of the pool to connect from, None to connect beyond it
         :raises RuntimeError: if it would wait for a transaction of its own task, or of its parents
         """
         pool = pool_state(bind)
         slot = pool.call(writes, self._limiter)
         await (acquired(slot, pool) if pool.is_shared else slot.acquire())
         try:
-            if not pool.are_connections_taken(bind):
-                with pool.counted_call():
-                    yield False
-                return
+            return await work(pool)
+        except PoolTaken:
+            pass
         finally:
             slot.release()
         async with pool.spares:
-            yield True
-
-
-@asynccontextmanager
-async def _heartbeat_slot(bind: Bind) -> AsyncIterator[bool]:
-    pool = pool_state(bind)
-    async with pool.heartbeat():
-        yield pool.are_connections_taken(bind, by_calls_too=True)
+            return await work(None)
 
 
 async def carry_to_completion(session: AnySession, work: Callable[[Session], T]) -> T:
@@ -182,9 +185,10 @@ async def carry(
     if isinstance(session, Session):
         return await run_in_thread(partial(work, interrupter), interrupter)
     in_greenlet = session.run_sync(lambda _: work(interrupter))
-    if bind is not None and bind.dialect.driver not in _CANCELLING_DRIVERS:
-        return await run_to_completion(in_greenlet, interrupter)
-    return await in_greenlet
+    if bind is None:
+        return await in_greenlet
+    cancels = bind.dialect.driver in _CANCELLING_DRIVERS
+    return await run_to_completion(in_greenlet, interrupter, cancels=cancels)
 
 
 def _on_connection(
@@ -192,29 +196,39 @@ def _on_connection(
     bind: Bind,
     call: Call[T],
     context: Context,
-    spare: bool,
+    pool: PoolState | None,
     interrupter: Interrupter,
 ) -> T:
     with (
         context(),
         exclusive(bind),
-        _connected(session, bind, call, spare) as connection,
+        _connected(session, bind, call, pool) as connection,
         interrupter.reaching(connection),
     ):
         return call.run(connection)
 
 
 @contextmanager
-def _connected(session: Session, bind: Bind, call: Call[Any], spare: bool) -> Iterator[Connection]:
+def _connected(
+    session: Session, bind: Bind, call: Call[Any], pool: PoolState | None
+) -> Iterator[Connection]:
     """Give a connection for a call, and commit what the call has written."""
-    if _is_counted_on(session, bind):
-        with bound(session, bind, spare), session:
+    if _is_counted_on(session, bind) and session.bind is not bind:
+        with session:  # which has rules of its own for each statement
             session.begin()
             yield session.connection(dict(call.bind_arguments))
             if call.writes:
                 session.commit()
         return
-    with checked_out(bind, spare) as connection:
+    with checked_out(bind, pool) as connection:
+        if _is_counted_on(session, bind):
+            session.bind = connection
+            with session:
+                session.begin()
+                yield session.connection(dict(call.bind_arguments))
+                if call.writes:
+                    session.commit()
+            return
         if _autocommits(bind):
             # Unless a listener of the pool's has begun a transaction: that is committed below.
             with suppress(DBAPIError, bind.dialect.loaded_dbapi.Error):
@@ -229,32 +243,35 @@ def _connected(session: Session, bind: Bind, call: Call[Any], spare: bool) -> It
 
 
 @contextmanager
-def bound(session: Session, bind: Bind, spare: bool = False) -> Iterator[None]:
-    """Bind a session to one connection, which stays checked out whatever the session does."""
-    if session.bind is not bind and not spare:
-        yield
-        return
-    with checked_out(bind, spare) as session.bind:
-        yield
+def checked_out(bind: Bind, pool: PoolState | None) -> Iterator[Connection]:
+    """Give a connection of an engine's pool, or the one that the sessions are bound to.
 
-
-@contextmanager
-def checked_out(bind: Bind, spare: bool) -> Iterator[Connection]:
-    """Give a connection of an engine's pool, or the one that the sessions are bound to."""
+    :param bind: the engine, or the connection
+    :param pool: the state of the pool to connect from, None to connect beyond it
+    :raises PoolTaken: if handlers hold all connections of the pool
+    """
     if isinstance(bind, Connection):
         yield bind
-    elif spare:
-        pool = bind.pool.recreate()
+    elif pool is None:
+        spare = bind.pool.recreate()
         try:
             with _wrapping_errors(bind):
-                pooled = pool.connect()
+                pooled = spare.connect()
             with Connection(bind, pooled) as connection:
                 yield connection
         finally:
-            pool.dispose()
+            spare.dispose()
     else:
-        with bind.connect() as connection:
+        # Looked at last: the handlers take connections without asking.
+        if pool.are_connections_taken(bind):
+            raise PoolTaken
+        with bind.connect() as connection, pool.counted(connection):
             yield connection
+
+
+def connected(bind: Bind) -> AbstractContextManager[Connection]:
+    """Give a connection for the time of a handler."""
+    return nullcontext(bind) if isinstance(bind, Connection) else bind.connect()
 
 
 @contextmanager

@@ -9,10 +9,10 @@ For ``transactions.py``.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from anyio import Lock, move_on_after
 from sqlalchemy import Connection
@@ -25,7 +25,7 @@ from .cancellation import Interrupter, run_to_completion
 from .errors import is_lock_timeout
 from .factories import registered, synchronous
 from .joined import JoinedSession, begin_for_real
-from .runner import Call, Context, carry, carry_to_completion
+from .runner import Call, Connect, Context, carry, carry_to_completion, connected
 from .slots import PARENT_WAIT, WAITS_FOR_PARENT, Bind, exclusive
 
 if TYPE_CHECKING:
@@ -188,16 +188,17 @@ class TransactionScope(Scope):
         session: AnySession,
         side: JoinedSession,
         bind: Bind,
-        bind_arguments: Mapping[str, Any],
         context: Context,
         registry: object,
+        *,
+        connect: Connect = connected,
         lock_timeout: float | None = None,
     ) -> None:
         """Remember the session; ``lock_timeout`` is how many seconds to wait for a lock."""
         super().__init__(session, context, registry)
         self._side = side
         self._bind = bind
-        self._bind_arguments = dict(bind_arguments)
+        self._connect = connect
         self._lock_timeout = lock_timeout
         self._connection: Connection | None = None
         self._timeout = ExitStack()
@@ -219,7 +220,7 @@ class TransactionScope(Scope):
     def _begin(self) -> None:
         if self._connection is not None:
             return
-        self._connection = self._side.joined.connection(self._bind)
+        self._connection = self._side.joined.connection(self._bind, self._connect)
         if self._lock_timeout is not None:
             self._timeout.enter_context(_lock_timeout(self._connection, self._lock_timeout))
 

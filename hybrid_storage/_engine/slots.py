@@ -34,6 +34,10 @@ _locks: WeakKeyDictionary[Pool | Connection, threading.Lock] = WeakKeyDictionary
 _guard = threading.Lock()
 
 
+class PoolTaken(Exception):
+    """The call has not begun: handlers hold all connections that the pool keeps."""
+
+
 class PoolState:
     """What the calls of one event loop to one pool share, by whatever storage."""
 
@@ -51,7 +55,7 @@ class PoolState:
         # under way alone.
         self.write_queue = [CapacityLimiter(1) for _ in self.writers]
         self.call_queue = [CapacityLimiter(1)] if self.is_shared else []
-        self.calls_in_pool = 0
+        self._of_calls: set[Connection] = set()
         self.open_transactions: set[object] = set()
 
     def call(self, writes: bool, limiter: CapacityLimiter | None) -> Slot:
@@ -69,13 +73,13 @@ class PoolState:
         return Slot(*self.write_queue, *self.writers, *self.call_queue, self.transactions)
 
     @contextmanager
-    def counted_call(self) -> Iterator[None]:
-        """Count a call that will give its connection back soon."""
-        self.calls_in_pool += 1
+    def counted(self, connection: Connection) -> Iterator[None]:
+        """Count a connection of a call's, which will be given back soon."""
+        self._of_calls.add(connection)
         try:
             yield
         finally:
-            self.calls_in_pool -= 1
+            self._of_calls.discard(connection)
 
     @asynccontextmanager
     async def heartbeat(self) -> AsyncIterator[None]:
@@ -98,7 +102,7 @@ class PoolState:
         if isinstance(bind, Connection) or not isinstance(bind.pool, QueuePool):
             return False
         size = bind.pool.size()
-        held = bind.pool.checkedout() - (0 if by_calls_too else self.calls_in_pool)
+        held = bind.pool.checkedout() - (0 if by_calls_too else len(self._of_calls))
         return 0 < size <= held
 
 

@@ -42,9 +42,11 @@ async def run_in_thread(function: Callable[[], T], interrupter: Interrupter | No
         return outcome.result()
     if not outcome.cancel():
         done = asyncio.wrap_future(outcome)
-        if interrupter is not None:
-            await wait_until_done(interrupter.request_until(done, _in_another_thread))
-        await wait_until_done(done)
+        try:
+            if interrupter is not None:
+                await wait_until_done(interrupter.request_until(done, _in_another_thread))
+        finally:
+            await wait_until_done(done)
     raise cancellation
 
 
@@ -59,8 +61,8 @@ def _run(function: Callable[[], T], outcome: Future[T]) -> None:
         outcome.set_result(result)
 
 
-async def _in_another_thread(request: Callable[[], object]) -> object:
-    return await to_thread.run_sync(request, limiter=_limiter())
+async def _in_another_thread(request: Callable[[], None]) -> None:
+    await to_thread.run_sync(request, limiter=_limiter())
 
 
 def _limiter() -> CapacityLimiter:
