@@ -25,10 +25,11 @@ from anyio.lowlevel import RunVar
 from sqlalchemy import Connection
 from tenacity import AsyncRetrying, retry_if_result, wait_random_exponential
 
+from ._engine.calls import Call
 from ._engine.cancellation import run_to_completion
 from ._engine.errors import in_short
 from ._engine.retries import logger, warning_if_slow, with_retries
-from ._engine.runner import Call, Runner
+from ._engine.runner import Runner
 from ._sql.leases import Leases
 
 T = TypeVar("T")

@@ -23,7 +23,7 @@ from sqlalchemy import Connection, inspect
 from sqlalchemy.orm import Session
 
 from ._codec import Codec, Merge
-from ._engine.runner import Call
+from ._engine.calls import Call
 from ._sql.rows import Rows
 from .model import FSMData
 

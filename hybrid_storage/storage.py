@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
@@ -15,11 +14,13 @@ from sqlalchemy import URL, Engine, MetaData, Table, inspect
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
+from ._arguments import renamed
 from ._codec import Codec, JsonDumps, JsonLoads
+from ._engine.calls import Call
 from ._engine.errors import is_transient
 from ._engine.factories import SessionFactory, engine_and_factory, session_factory
 from ._engine.retries import warning_if_slow, with_retries
-from ._engine.runner import Call, Runner
+from ._engine.runner import Runner
 from ._engine.scopes import ScopeClosed
 from ._engine.threads import run_in_thread
 from ._sql.leases import Leases
@@ -98,10 +99,10 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
         :raises ValueError: if the table's name is taken by a different table, or if the engine
             keeps a database in memory that threads cannot share
         """
-        factory = _renamed("sessionmaker", sessionmaker, "session", session)
+        factory = renamed("sessionmaker", sessionmaker, "session", session)
         if factory is None:
             raise TypeError("SQLAlchemyStorage() needs a sessionmaker or an async_sessionmaker")
-        self.model = model_for(_renamed("metadata", metadata, "base", base), table_name)
+        self.model = model_for(renamed("metadata", metadata, "base", base), table_name)
         self.table = table_of(self.model)
         self.metadata = self.table.metadata
         self._tables = [self.table]
@@ -289,16 +290,3 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
     def _has_tables(self, session: Session) -> bool:
         inspector = inspect(session.connection(self._calls.to_write))
         return all(inspector.has_table(table.name, schema=table.schema) for table in self._tables)
-
-
-def _renamed(name: str, value: object, old_name: str, old_value: object) -> object:
-    if old_value is None:
-        return value
-    if value is not None:
-        raise TypeError(f"{old_name}= is the former name of {name}=: pass one of them")
-    warnings.warn(
-        f"SQLAlchemyStorage({old_name}=...) is now SQLAlchemyStorage({name}=...)",
-        DeprecationWarning,
-        stacklevel=3,
-    )
-    return old_value

@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from functools import partial
+from inspect import iscoroutinefunction
+from typing import Any, TypeVar, cast
 
 from anyio import CancelScope
 from sqlalchemy import Connection
@@ -20,8 +22,6 @@ T = TypeVar("T")
 
 logger = logging.getLogger("hybrid_storage")
 
-_DRIVERS = frozenset({"aiosqlite", "psycopg", "psycopg2", "sqlite3"})
-_AIOSQLITE = frozenset({"aiosqlite"})
 _SERVER_ANSWERS_WITHIN = 5.0  # seconds: the limit of one request to cancel
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0  # seconds between requests to cancel
 
@@ -55,10 +55,6 @@ class Interrupter:
             self._driver_connection = connection.connection.driver_connection
         try:
             yield
-        except asyncio.CancelledError:
-            # Its thread goes on with a statement that nobody awaits any more.
-            _end_statement(self._driver_connection, only_in=_AIOSQLITE)
-            raise
         finally:
             with self._lock:
                 self._driver_connection = None
@@ -88,20 +84,53 @@ class Interrupter:
             pause = min(2 * pause, _LONGEST_PAUSE)
 
 
-def _end_statement(driver_connection: Any, only_in: frozenset[str] = _DRIVERS) -> None:
+def _end_statement(driver_connection: Any) -> None:
     """End the statement of a driver's connection, if the driver has a way to."""
     families = {kind.__module__.partition(".")[0] for kind in type(driver_connection).__mro__}
-    families &= only_in
     if "aiosqlite" in families:
-        # Its coroutine interrupts before it first waits, and refuses if the connection is closed.
-        with suppress(StopIteration, ValueError):
-            driver_connection.interrupt().send(None)
+        asyncio.ensure_future(_end_in_aiosqlite(driver_connection))  # noqa: RUF006
     elif "sqlite3" in families:
         driver_connection.interrupt()
-    elif "psycopg" in families and hasattr(driver_connection, "cancel_safe"):  # since psycopg 3.2
-        driver_connection.cancel_safe(timeout=_SERVER_ANSWERS_WITHIN)
-    elif families:
-        driver_connection.cancel()
+    elif families & {"psycopg", "psycopg2"} and not iscoroutinefunction(driver_connection.close):
+        if hasattr(driver_connection, "cancel_safe"):  # since psycopg 3.2
+            driver_connection.cancel_safe(timeout=_SERVER_ANSWERS_WITHIN)
+        else:
+            driver_connection.cancel()
+
+
+async def _end_in_aiosqlite(connection: Any) -> None:
+    with suppress(Exception):  # it may be closed already
+        await connection.interrupt()
+        # Ahead of its being closed, which SQLite puts off for as long as a traceback has a cursor.
+        await connection.rollback()
+
+
+class InCallersTask(Awaitable[T]):
+    """Awaits in the caller's task, and ends the statement under way before a cancellation passes.
+
+    Passed first, it would have SQLAlchemy close the connection, and aiosqlite's thread does that
+    after the statement.
+    """
+
+    def __init__(self, coroutine: Awaitable[T], interrupter: Interrupter) -> None:
+        self._coroutine = coroutine
+        self._interrupter = interrupter
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        """Await the coroutine."""
+        steps = self._coroutine.__await__()
+        step: Callable[[], Any] = partial(next, steps)
+        while True:
+            try:
+                awaited = step()
+            except StopIteration as stop:
+                return cast("T", stop.value)
+            try:
+                step = partial(steps.send, (yield awaited))
+            except BaseException as error:
+                if isinstance(error, asyncio.CancelledError):
+                    self._interrupter.request()
+                step = partial(steps.throw, error)
 
 
 async def run_to_completion(

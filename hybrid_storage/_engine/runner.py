@@ -15,9 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from weakref import WeakSet
 
 from anyio import CapacityLimiter
@@ -26,8 +25,9 @@ from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from .cancellation import Interrupter, run_to_completion
-from .errors import is_misplaced_statement, is_missing_column, is_missing_table
+from .calls import Call
+from .cancellation import InCallersTask, Interrupter, run_to_completion
+from .errors import is_misplaced_statement
 from .factories import check_bind, synchronous
 from .slots import Bind, PoolState, PoolTaken, acquired, exclusive, pool_state
 from .threads import run_in_thread
@@ -49,44 +49,6 @@ _behind_poolers: WeakSet[Engine] = WeakSet()
 
 # On these, cancelling the task cancels the statement at the server, and waits for its answer.
 _CANCELLING_DRIVERS = {"asyncpg", "psycopg"}
-
-
-@dataclass(frozen=True)
-class Call(Generic[T]):
-    """A function of a connection, and what is known of it."""
-
-    function: Callable[[Connection], T]
-    """Its statements need no transaction around them."""
-    bind_arguments: Mapping[str, Any]
-    """What a session chooses the engine by: the mapper and the kind of statement."""
-    row: str
-    """What it is about, for the log."""
-    table: str
-    """The table's name, for errors and the log."""
-    writes: bool = True
-
-    def __str__(self) -> str:
-        return f"{'writing' if self.writes else 'reading'} {self.row!r} in table {self.table!r}"
-
-    def run(self, connection: Connection) -> T:
-        """Call the function.
-
-        :raises DBAPIError: whatever the database answers; a missing table is explained
-        """
-        try:
-            return self.function(connection)
-        except DBAPIError as error:
-            if is_missing_table(error):
-                error.add_detail(
-                    f"table {self.table!r} is missing: create it with "
-                    "`await storage.create_table()`, `metadata.create_all(engine)` or a migration"
-                )
-            elif is_missing_column(error):
-                error.add_detail(
-                    f"table {self.table!r} lacks a column that its model has: add the column with "
-                    "a migration; create_table() leaves a table that exists as it is"
-                )
-            raise
 
 
 class Runner:
@@ -186,7 +148,7 @@ async def carry(
         return await run_in_thread(partial(work, interrupter), interrupter)
     in_greenlet = session.run_sync(lambda _: work(interrupter))
     if bind is None:
-        return await in_greenlet
+        return await InCallersTask(in_greenlet, interrupter)
     cancels = bind.dialect.driver in _CANCELLING_DRIVERS
     return await run_to_completion(in_greenlet, interrupter, cancels=cancels)
 

@@ -21,11 +21,12 @@ from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.orm import Session
 
+from .calls import Call
 from .cancellation import Interrupter, run_to_completion
 from .errors import is_lock_timeout
 from .factories import registered, synchronous
 from .joined import JoinedSession, begin_for_real
-from .runner import Call, Connect, Context, carry, carry_to_completion, connected
+from .runner import Connect, Context, carry, carry_to_completion, connected
 from .slots import PARENT_WAIT, WAITS_FOR_PARENT, Bind, exclusive
 
 if TYPE_CHECKING:

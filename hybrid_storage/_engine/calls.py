@@ -1,0 +1,52 @@
+"""One call: a function of a connection, and what is known of it. For ``operations.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
+
+from .errors import is_missing_column, is_missing_table
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Call(Generic[T]):
+    """A function of a connection, and what is known of it."""
+
+    function: Callable[[Connection], T]
+    """Its statements need no transaction around them."""
+    bind_arguments: Mapping[str, Any]
+    """What a session chooses the engine by: the mapper and the kind of statement."""
+    row: str
+    """What it is about, for the log."""
+    table: str
+    """The table's name, for errors and the log."""
+    writes: bool = True
+
+    def __str__(self) -> str:
+        return f"{'writing' if self.writes else 'reading'} {self.row!r} in table {self.table!r}"
+
+    def run(self, connection: Connection) -> T:
+        """Call the function.
+
+        :raises DBAPIError: whatever the database answers; a missing table is explained
+        """
+        try:
+            return self.function(connection)
+        except DBAPIError as error:
+            if is_missing_table(error):
+                error.add_detail(
+                    f"table {self.table!r} is missing: create it with "
+                    "`await storage.create_table()`, `metadata.create_all(engine)` or a migration"
+                )
+            elif is_missing_column(error):
+                error.add_detail(
+                    f"table {self.table!r} lacks a column that its model has: add the column with "
+                    "a migration; create_table() leaves a table that exists as it is"
+                )
+            raise
