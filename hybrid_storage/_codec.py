@@ -16,6 +16,8 @@ JsonLoads = Callable[..., Any]
 class CorruptDataError(ValueError):
     """A row's data is not the JSON text of an object. The row is left as it is."""
 
+    __module__ = "hybrid_storage"
+
 
 class Codec:
     """Translates with the storage's key builder and JSON functions."""
@@ -34,6 +36,11 @@ class Codec:
         :raises TypeError: if the key builder returns something that is no text
         :raises ValueError: if the text has no UTF-8 form
         """
+        if not isinstance(key, StorageKey):
+            raise TypeError(
+                f"a key is a StorageKey, not {key!r}: StorageKey(bot_id=..., chat_id=..., "
+                "user_id=...), or state.key in a handler"
+            )
         return _text("the key builder's build()", self._build(key))
 
     def state(self, state: StateType) -> str | None:
@@ -63,7 +70,11 @@ class Codec:
             )
         if not data:
             return ""
-        text = self._dumps(data if isinstance(data, dict) else dict(data))
+        data = data if isinstance(data, dict) else dict(data)
+        try:
+            text = self._dumps(data)
+        except TypeError as error:
+            raise TypeError(f"{error}{self._advice(data)}") from error
         if isinstance(text, (bytes, bytearray)):
             try:
                 text = text.decode()
@@ -90,6 +101,17 @@ class Codec:
         if not isinstance(data, dict):
             raise self._corrupt(key, f"it is a JSON {type(data).__name__}, not an object")
         return data
+
+    def _advice(self, data: dict[Any, Any]) -> str:
+        for name, value in data.items():
+            try:
+                self._dumps({name: value})
+            except TypeError:
+                return (
+                    f", in field {name!r} of the data: store what JSON knows, such as "
+                    "value.isoformat(), or pass a json_dumps that knows the type"
+                )
+        return ""
 
     def _corrupt(self, key: StorageKey, why: str) -> CorruptDataError:
         return CorruptDataError(

@@ -13,7 +13,7 @@ import operator
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import Context
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +30,7 @@ from ._engine.cancellation import run_to_completion
 from ._engine.errors import in_short
 from ._engine.retries import logger, warning_if_slow, with_retries
 from ._engine.runner import Runner
+from ._engine.scopes import Scope, ScopeClosed
 from ._sql.leases import Leases
 
 T = TypeVar("T")
@@ -55,6 +56,7 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         runner: Runner,
         leases: Leases,
         row_of: Callable[[StorageKey], str],
+        scope: Callable[[], Scope | None],
         *,
         lease: float,
         poll: float,
@@ -63,12 +65,18 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         slow_after: float,
     ) -> None:
         """Remember what to use; see :meth:`SQLAlchemyStorage.create_isolation`."""
+        if not isinstance(runner, Runner):
+            raise TypeError(
+                "SQLAlchemyEventIsolation is not for you to construct: pass "
+                "events_isolation=storage.create_isolation()"
+            )
         for name, seconds in {"lease": lease, "poll": poll, "wait": wait}.items():
             if seconds is not None and not seconds > 0:
                 raise ValueError(f"{name} is a number of seconds above 0, not {seconds!r}")
         self._runner = runner
         self._leases = leases
         self._row_of = row_of
+        self._scope = scope
         self._lease = lease
         self._poll = poll
         self._wait = wait
@@ -177,6 +185,10 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
     async def _execute(self, function: Callable[[Connection], T], row: str, retry_for: float) -> T:
         call = self._call(function, row)
         with warning_if_slow(self._slow_after, call):
+            scope = self._scope()
+            if scope is not None and scope.holds_write_lock():  # which nobody else can take
+                with suppress(ScopeClosed):
+                    return await scope.execute(call)
             return await with_retries(partial(self._runner.execute, call), retry_for, call)
 
     def _call(self, function: Callable[[Connection], T], row: str) -> Call[T]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Protocol, TypeGuard, cast
 from weakref import WeakKeyDictionary, ref
 
-from sqlalchemy import Column, Double, MetaData, String, Table
+from sqlalchemy import JSON, Column, Double, MetaData, String, Table
 from sqlalchemy.dialects import mysql
 from sqlalchemy.orm import (
     Mapped,
@@ -62,6 +62,7 @@ def model_for(metadata: object, table_name: object) -> type[FSMData]:
     """
     if isinstance(table_name, type):
         own = table_of(table_name).metadata
+        _check_writable(table_of(table_name))
         if metadata is not None and getattr(metadata, "metadata", metadata) is not own:
             raise ValueError(
                 f"the model {table_name.__name__} has a MetaData of its own: leave out metadata, "
@@ -70,6 +71,12 @@ def model_for(metadata: object, table_name: object) -> type[FSMData]:
         return table_name
     if not isinstance(table_name, str) or not table_name:
         raise TypeError(f"table_name is a name or a model, not {table_name!r}")
+    if "." in table_name:
+        schema, _, name = table_name.rpartition(".")
+        raise ValueError(
+            f"a dot in a table's name is part of the name: for table {name!r} in schema {schema!r} "
+            f"pass table_name={name!r} and a MetaData(schema={schema!r})"
+        )
     if metadata is None:
         return declare_model(MetaData(), table_name)
     if not isinstance(metadata, type):
@@ -99,8 +106,10 @@ def declare_model(base: type[HasMetaData] | MetaData, table_name: str) -> type[F
         declared = _models[table]()
         if declared is not None:
             return declared
-    # A base of dataclasses takes no mixin that is none; it lends its metadata.
-    inherits = isinstance(base, type) and not issubclass(base, MappedAsDataclass)
+    # A base of dataclasses, or of pydantic's as SQLModel's, takes no mixin: it lends its metadata.
+    inherits = isinstance(base, type) and not (
+        issubclass(base, MappedAsDataclass) or hasattr(base, "model_fields")
+    )
     parent = base if inherits else declarative_base(metadata=metadata)
     attributes: dict[str, Any] = {"__module__": __name__}
     if table is None:
@@ -111,6 +120,7 @@ def declare_model(base: type[HasMetaData] | MetaData, table_name: str) -> type[F
     # A declarative base wants the names of its classes to differ, as those of its tables do.
     metaclass: Any = type(parent)
     model = cast("type[FSMData]", metaclass(name, (FSMData, parent), attributes))
+    _check_writable(table_of(model))
     _models[table_of(model)] = ref(model)
     return model
 
@@ -172,3 +182,31 @@ def _check_columns(table: Table, *names: str) -> None:
             f"{', '.join(table.columns.keys())}): pass another table_name, or a table with "
             f"the columns {', '.join(names)}, of which id is the primary key"
         )
+
+
+def _check_writable(table: Table) -> None:
+    """Refuse a table into which the storage could not write.
+
+    :raises ValueError: naming the column, and what to do
+    """
+    for name in ("state", "data"):
+        if isinstance(table.c[name].type, JSON):
+            raise ValueError(
+                f"column {name!r} of table {table.fullname!r} is of type JSON, which would "
+                "hold the storage's text as a JSON string: make it Text, and cast it to query it"
+            )
+    for column in table.columns:
+        if (
+            column.name not in ("id", "state", "data")
+            and not column.nullable
+            and column.default is None
+            and column.server_default is None
+            and column.computed is None
+            and column.identity is None
+        ):
+            raise ValueError(
+                f"column {column.name!r} of table {table.fullname!r} is NOT NULL and has no "
+                "default, so that the storage could not write a row: give it a default or make it "
+                "nullable. If it comes from your declarative base, pass Base.metadata in place of "
+                "Base"
+            )

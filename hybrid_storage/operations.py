@@ -16,11 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, TypeVar, overload
+from typing import Any, TypeAlias, TypeVar, overload
 
 from aiogram.fsm.storage.base import StateType, StorageKey
 from sqlalchemy import Connection, inspect
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, scoped_session
 
 from ._codec import Codec, Merge
 from ._engine.calls import Call
@@ -28,6 +28,8 @@ from ._sql.rows import Rows
 from .model import FSMData
 
 T = TypeVar("T")
+
+AnySync: TypeAlias = Session | scoped_session[Any]
 
 
 class Calls:
@@ -44,8 +46,8 @@ class Calls:
         self._codec = codec
         # What the ORM passes when it looks for a statement's engine: Session(binds=...) works.
         self.bind_arguments: dict[str, Any] = {"mapper": inspect(model)}
-        self._to_read = {**self.bind_arguments, "clause": rows.select_data}
-        self.to_write = {**self.bind_arguments, "clause": rows.replace_data}
+        self._to_read: dict[str, Any] = {**self.bind_arguments, "clause": rows.select_data}
+        self.to_write: dict[str, Any] = {**self.bind_arguments, "clause": rows.replace_data}
 
     def get_state(self, key: StorageKey) -> Call[str | None]:
         """Return the call that reads a state."""
@@ -81,7 +83,7 @@ class Calls:
             self._rows.update_data(connection, row, merge)
             return merge.data
 
-        return self._writing(row, update)
+        return self._writing(row, update, in_transaction=self._rows.needs_transaction)
 
     def clear(self, key: StorageKey) -> Call[None]:
         """Return the call that removes a row."""
@@ -91,8 +93,11 @@ class Calls:
     def _reading(self, row: str, function: Callable[[Connection], T]) -> Call[T]:
         return Call(function, self._to_read, row, self._rows.table.fullname, writes=False)
 
-    def _writing(self, row: str, function: Callable[[Connection], T]) -> Call[T]:
-        return Call(function, self.to_write, row, self._rows.table.fullname)
+    def _writing(
+        self, row: str, function: Callable[[Connection], T], *, in_transaction: bool = False
+    ) -> Call[T]:
+        table = self._rows.table.fullname
+        return Call(function, self.to_write, row, table, in_transaction=in_transaction)
 
 
 class Operations:
@@ -106,7 +111,7 @@ class Operations:
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
 
-    def get_state(self, session: Session, key: StorageKey) -> str | None:
+    def get_state(self, session: AnySync, key: StorageKey) -> str | None:
         """Return the state of a conversation.
 
         :param session: the session to read in
@@ -115,7 +120,7 @@ class Operations:
         """
         return _run(session, self._calls.get_state(key))
 
-    def set_state(self, session: Session, key: StorageKey, state: StateType = None) -> None:
+    def set_state(self, session: AnySync, key: StorageKey, state: StateType = None) -> None:
         """Set or remove the state of a conversation.
 
         :param session: the session to write in
@@ -124,7 +129,7 @@ class Operations:
         """
         _run(session, self._calls.set_state(key, state))
 
-    def get_data(self, session: Session, key: StorageKey) -> dict[str, Any]:
+    def get_data(self, session: AnySync, key: StorageKey) -> dict[str, Any]:
         """Return the data of a conversation.
 
         :param session: the session to read in
@@ -133,7 +138,7 @@ class Operations:
         """
         return _run(session, self._calls.get_data(key))
 
-    def set_data(self, session: Session, key: StorageKey, data: Mapping[str, Any]) -> None:
+    def set_data(self, session: AnySync, key: StorageKey, data: Mapping[str, Any]) -> None:
         """Replace the data of a conversation.
 
         :param session: the session to write in
@@ -143,10 +148,10 @@ class Operations:
         _run(session, self._calls.set_data(key, data))
 
     @overload
-    def get_value(self, session: Session, key: StorageKey, name: str) -> Any | None: ...
+    def get_value(self, session: AnySync, key: StorageKey, name: str) -> Any | None: ...
     @overload
-    def get_value(self, session: Session, key: StorageKey, name: str, default: Any) -> Any: ...
-    def get_value(self, session: Session, key: StorageKey, name: str, default: Any = None) -> Any:
+    def get_value(self, session: AnySync, key: StorageKey, name: str, default: Any) -> Any: ...
+    def get_value(self, session: AnySync, key: StorageKey, name: str, default: Any = None) -> Any:
         """Return one field of a conversation's data.
 
         :param session: the session to read in
@@ -157,7 +162,7 @@ class Operations:
         return self.get_data(session, key).get(name, default)
 
     def update_data(
-        self, session: Session, key: StorageKey, data: Mapping[str, Any]
+        self, session: AnySync, key: StorageKey, data: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Change fields of a conversation's data, losing none that others change meanwhile.
 
@@ -168,7 +173,7 @@ class Operations:
         """
         return _run(session, self._calls.update_data(key, data))
 
-    def clear(self, session: Session, key: StorageKey) -> None:
+    def clear(self, session: AnySync, key: StorageKey) -> None:
         """Remove state and data of a conversation.
 
         :param session: the session to write in
@@ -177,11 +182,17 @@ class Operations:
         _run(session, self._calls.clear(key))
 
 
-def _run(session: Session, call: Call[T]) -> T:
-    if hasattr(session, "sync_session"):
+def _run(session: AnySync, call: Call[T]) -> T:
+    own: object = session() if isinstance(session, scoped_session) else session
+    if hasattr(own, "sync_session"):
         raise TypeError(
             "an AsyncSession runs the operation itself: "
             "await session.run_sync(storage.operations.get_state, key)"
         )
+    if not isinstance(own, Session):
+        raise TypeError(
+            f"an operation takes a Session that you have opened, not {own!r}: "
+            "with SessionLocal() as session: storage.operations.get_state(session, key)"
+        )
     # Not session.execute(), which would flush the session's pending objects first.
-    return call.run(session.connection(dict(call.bind_arguments)))
+    return call.run(own.connection(dict(call.bind_arguments)))

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, cast
 
 from aiogram.fsm.storage.base import BaseStorage, KeyBuilder, StateType, StorageKey
 from anyio import CapacityLimiter
-from sqlalchemy import URL, Engine, MetaData, Table, inspect
+from sqlalchemy import URL, Connection, Engine, MetaData, Table
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm import Session
+from typing_extensions import TypeVar
 
-from ._arguments import renamed
+from ._arguments import check_functions, check_seconds, checked_key_builder, renamed
 from ._codec import Codec, JsonDumps, JsonLoads
 from ._engine.calls import Call
 from ._engine.errors import is_transient
@@ -25,6 +25,7 @@ from ._engine.scopes import ScopeClosed
 from ._engine.threads import run_in_thread
 from ._sql.leases import Leases
 from ._sql.rows import Rows
+from ._sql.tables import create, missing
 from .isolation import SQLAlchemyEventIsolation
 from .keys import FullKeyBuilder
 from .model import FSMData, HasMetaData, declare_lock_table, model_for, table_of
@@ -35,12 +36,13 @@ if TYPE_CHECKING:
     from ._engine.factories import AnyEngine
 
 T = TypeVar("T")
+M = TypeVar("M", bound=FSMData, default=FSMData)
 
 RETRY_FOR = 30.0  # seconds: a server's restart, a short failover
 SLOW_AFTER = 10.0  # seconds
 
 
-class SQLAlchemyStorage(Transactions[S], BaseStorage):
+class SQLAlchemyStorage(Transactions[S], BaseStorage, Generic[S, M]):
     """Keeps states and data of aiogram's FSM in a table, one row a conversation.
 
     Every method may be called by any number of tasks, threads and processes at once. A call that is
@@ -48,7 +50,7 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
     at all, and nothing of it happens afterwards.
     """
 
-    model: type[FSMData]
+    model: type[M]
     """The mapped class, for queries and admin panels of your own."""
     table: Table
     """The model's table."""
@@ -61,7 +63,7 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
         self,
         sessionmaker: SessionFactory[S] | None = None,
         metadata: MetaData | type[HasMetaData] | None = None,
-        table_name: str | type[FSMData] = "aiogram_fsm_data",
+        table_name: str | type[M] = "aiogram_fsm_data",
         key_builder: KeyBuilder | None = None,
         json_dumps: JsonDumps = json.dumps,
         json_loads: JsonLoads = json.loads,
@@ -70,6 +72,7 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
         retry_for: float = RETRY_FOR,
         slow_after: float = SLOW_AFTER,
         context: Callable[[], AbstractContextManager[object]] = nullcontext,
+        model: type[M] | None = None,
         session: SessionFactory[S] | None = None,
         base: MetaData | type[HasMetaData] | None = None,
     ) -> None:
@@ -87,12 +90,10 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
         :param limiter: limits the calls that use the database at a time; by default the number of
             connections that the engine's pool can give. Storages may share one
         :param retry_for: how many seconds to go on trying where the database drops the connection,
-            restarts, is busy, or resolves a deadlock at the call's cost; then its last error is
-            raised. 0 tries once
-        :param slow_after: after how many seconds the log warns of a call that waits for the
-            database
-        :param context: makes what the sessions need around them, such as Flask's
-            ``app.app_context``
+            restarts, is busy, or resolves a deadlock at the call's cost. 0 tries once
+        :param slow_after: after how many seconds the log warns of a call that waits
+        :param context: what sessions need around them, such as Flask's ``app.app_context``
+        :param model: a model of your own, in place of ``table_name``
         :param session: deprecated, ``sessionmaker`` under its former name
         :param base: deprecated, ``metadata`` under its former name
         :raises TypeError: if an argument is not of its kind
@@ -102,21 +103,17 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
         factory = renamed("sessionmaker", sessionmaker, "session", session)
         if factory is None:
             raise TypeError("SQLAlchemyStorage() needs a sessionmaker or an async_sessionmaker")
-        self.model = model_for(renamed("metadata", metadata, "base", base), table_name)
+        name: object = table_name if model is None else model
+        self.model = cast("type[M]", model_for(renamed("metadata", metadata, "base", base), name))
         self.table = table_of(self.model)
         self.metadata = self.table.metadata
         self._tables = [self.table]
-        for name, function in {"json_dumps": json_dumps, "json_loads": json_loads}.items():
-            if not callable(function):
-                raise TypeError(f"{name} is a function, not {function!r}")
+        check_functions(json_dumps=json_dumps, json_loads=json_loads, context=context)
+        check_seconds(retry_for=retry_for, slow_after=slow_after)
         if limiter is not None and not isinstance(limiter, CapacityLimiter):
             raise TypeError(f"limiter is an anyio.CapacityLimiter, not {limiter!r}")
-        if key_builder is not None and not isinstance(key_builder, KeyBuilder):
-            raise TypeError(f"key_builder is a KeyBuilder, not {key_builder!r}")
-        for name, seconds in {"retry_for": retry_for, "slow_after": slow_after}.items():
-            if seconds < 0:
-                raise ValueError(f"{name} is a number of seconds, 0 or more, not {seconds!r}")
-        codec = Codec(key_builder or FullKeyBuilder(), json_dumps, json_loads, self.table.fullname)
+        builder = checked_key_builder(key_builder or FullKeyBuilder())
+        codec = Codec(builder, json_dumps, json_loads, self.table.fullname)
         self._row_of = codec.row
         self._calls = Calls(self.model, Rows(self.table), codec)
         self.operations = Operations(self._calls)
@@ -126,7 +123,14 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
             getattr(factory, "registry", None),
         )
         self._retry_for = retry_for
-        self._owned: AnyEngine | None = None
+        self.engine: AnyEngine | None = None
+        """The engine that :meth:`from_url` has made: to dispose with ``close=False`` in a process
+        that has been forked. None where the factory is the application's."""
+
+    def __repr__(self) -> str:
+        """Name the table and the kind of the factory."""
+        kind = "async_sessionmaker" if self._runner.is_async else "sessionmaker"
+        return f"<{type(self).__name__} of table {self.table.fullname!r} by a {kind}>"
 
     @classmethod
     def from_url(
@@ -134,7 +138,7 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
         url: str | URL,
         *,
         metadata: MetaData | type[HasMetaData] | None = None,
-        table_name: str | type[FSMData] = "aiogram_fsm_data",
+        table_name: str | type[Any] = "aiogram_fsm_data",
         key_builder: KeyBuilder | None = None,
         json_dumps: JsonDumps = json.dumps,
         json_loads: JsonLoads = json.loads,
@@ -142,7 +146,7 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
         retry_for: float = RETRY_FOR,
         slow_after: float = SLOW_AFTER,
         **engine_options: Any,
-    ) -> SQLAlchemyStorage[Any]:
+    ) -> SQLAlchemyStorage[Any, Any]:
         """Make a storage with an engine of its own, which :meth:`close` disposes.
 
         :param url: the database, by a synchronous or an asynchronous driver
@@ -162,7 +166,7 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
             retry_for=retry_for,
             slow_after=slow_after,
         )
-        storage._owned = engine
+        storage.engine = engine
         return storage
 
     async def create_table(self) -> None:
@@ -172,25 +176,33 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
         """
         what = f"creating table {self.table.fullname!r}"
         try:
-            await with_retries(
-                partial(self._in_own_transaction, self._create_tables), self._retry_for, what
-            )
+            await with_retries(partial(self._with_tables, create), self._retry_for, what)
         except DBAPIError as error:
             # Another process may have created it between the look and the statement.
-            if is_transient(error) or not await self._in_own_transaction(self._has_tables):
+            if is_transient(error) or len(await self._with_tables(missing)):
                 raise
+
+    async def check_table(self) -> None:
+        """Refuse to start without the table. Fit for ``dp.startup.register(storage.check_table)``.
+
+        :raises RuntimeError: if it is missing, or that of event isolation where it is used
+        """
+        for name in await self._with_tables(missing):
+            raise RuntimeError(
+                f"table {name!r} is missing: create it with `await storage.create_table()`, "
+                "`metadata.create_all(engine)` or a migration"
+            )
 
     def create_isolation(
         self, *, lease: float = 30.0, poll: float = 0.5, wait: float | None = None
     ) -> SQLAlchemyEventIsolation:
-        """Return event isolation by locks in a table beside the storage's, ``<table_name>_lock``.
+        """Return event isolation by locks in the table ``<table_name>_lock``.
 
         Afterwards :meth:`create_table` makes that table too.
 
         :param lease: after how many seconds the locks of a process that died end; they are renewed
             three times as often while a handler runs
-        :param poll: the longest pause in seconds between two looks at a lock that another process
-            has; pauses begin at 20 ms, grow, and are of random length
+        :param poll: the longest pause in seconds between two looks at another process's lock
         :param wait: how many seconds to wait for a lock at most; by default without limit
         :raises ValueError: if one of them is not above 0, or if the table's name is taken
         :return: what to pass as ``Dispatcher(events_isolation=...)``
@@ -201,6 +213,7 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
             self._runner,
             Leases(table),
             self._row_of,
+            self._scope,
             lease=lease,
             poll=poll,
             wait=wait,
@@ -209,15 +222,14 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
         )
 
     async def close(self) -> None:
-        """Dispose the engine if :meth:`from_url` made it; the application's is left alone.
+        """Dispose the engine that :meth:`from_url` made; the application's is left alone.
 
-        The storage can be used afterwards: aiogram closes it before the application's own
-        shutdown handlers run.
+        The storage works on: aiogram closes it before the application's shutdown handlers run.
         """
-        if isinstance(self._owned, Engine):
-            await run_in_thread(self._owned.dispose)
-        elif self._owned is not None:
-            await self._owned.dispose()
+        if isinstance(self.engine, Engine):
+            await run_in_thread(self.engine.dispose)
+        elif self.engine is not None:
+            await self.engine.dispose()
 
     async def get_state(self, key: StorageKey) -> str | None:
         """Return the state of a conversation.
@@ -283,10 +295,7 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage):
                     return await scope.execute(call)
             return await with_retries(partial(self._runner.execute, call), self._retry_for, call)
 
-    def _create_tables(self, session: Session) -> None:
-        connection = session.connection(self._calls.to_write)
-        self.metadata.create_all(connection, tables=self._tables)
-
-    def _has_tables(self, session: Session) -> bool:
-        inspector = inspect(session.connection(self._calls.to_write))
-        return all(inspector.has_table(table.name, schema=table.schema) for table in self._tables)
+    def _with_tables(self, function: Callable[[Connection, list[Table]], T]) -> Awaitable[T]:
+        return self._in_own_transaction(
+            lambda session: function(session.connection(self._calls.to_write), self._tables)
+        )

@@ -12,12 +12,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
 from functools import partial
-from inspect import iscoroutinefunction
+from inspect import iscoroutinefunction, signature
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeAlias, cast
 
 from aiogram import BaseMiddleware
 from aiogram.dispatcher.event.bases import CancelHandler, SkipHandler
 from aiogram.types import TelegramObject
+from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import Session, scoped_session
 from typing_extensions import TypeVar
 
@@ -145,6 +146,7 @@ class Transactions(Generic[S]):
                 "with the session of storage.transaction()"
             )
         name = getattr(function, "__qualname__", repr(function))
+        _check_call(function, name, args, kwargs)
         work: Callable[[Session], T] = lambda session: function(session, *args, **kwargs)  # noqa: E731
         with warning_if_slow(self._slow_after, f"run_sync({name})"):
             scope = self._scope()
@@ -204,6 +206,30 @@ class Transactions(Generic[S]):
             await scope.end(succeeded)
 
 
+def _check_call(
+    function: Callable[..., object], name: str, args: tuple[object, ...], kwargs: dict[str, object]
+) -> None:
+    with suppress(ValueError):  # some of C's functions do not tell
+        try:
+            signature(function).bind(None, *args, **kwargs)
+        except TypeError as error:
+            raise TypeError(
+                f"{name}() cannot be called with a session and these arguments: {error}. "
+                "run_sync() passes the session first; for a function that takes none, write "
+                "run_sync(lambda session: function())"
+            ) from error
+
+
+class _EndedSession:
+    """Stands where the session was, for error handlers, which run when its transaction is over."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise InvalidRequestError(
+            f"session.{name}: the update's transaction has been rolled back, for a handler raised. "
+            "In an error handler, open your own: async with storage.transaction() as session"
+        )
+
+
 class SessionMiddleware(BaseMiddleware):
     """Opens :meth:`SQLAlchemyStorage.transaction` around what comes after it::
 
@@ -251,9 +277,13 @@ class SessionMiddleware(BaseMiddleware):
                 return await handler(event, data)
             except (SkipHandler, CancelHandler) as error:
                 decision = error
-            finally:  # error handlers run when it is closed
-                data.pop(self._name, None)
-                data.update(others)
+            except BaseException:
+                data[self._name] = others.get(self._name, _EndedSession())
+                raise
+            finally:
+                if data.get(self._name) is session:
+                    data.pop(self._name)
+                    data.update(others)
         raise decision
 
 

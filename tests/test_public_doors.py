@@ -22,6 +22,7 @@ ORDER = [
     "_sql.limits",
     "_sql.rows",
     "_sql.leases",
+    "_sql.tables",
     "_engine.errors",
     "_engine.retries",
     "_engine.cancellation",
@@ -40,6 +41,7 @@ ORDER = [
     "transactions",
     "isolation",
     "storage",
+    "testing",
 ]
 
 

@@ -56,7 +56,7 @@ async def test_an_async_scoped_session_is_the_callers_in_run_sync(
     for _ in range(20):
         assert await storage.run_sync(lambda session: registered()) is mine
     await registered.remove()
-    assert len(registered.registry.registry) == 0  # type: ignore[attr-defined]
+    assert len(registered.registry.registry) == 0
     assert getattr(engine.pool, "checkedout")() == 0  # noqa: B009
 
 
@@ -68,7 +68,7 @@ class Counting(SQLiteDialect_pysqlite):
 
     def do_execute(self, cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
         type(self).executed.append(statement)
-        super().do_execute(cursor, statement, parameters, context)
+        super().do_execute(cursor, statement, parameters, context)  # type: ignore[no-untyped-call]
 
 
 async def test_a_dialects_own_way_to_execute_is_used(tmp_path: Any, key: StorageKey) -> None:

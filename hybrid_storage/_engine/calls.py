@@ -19,7 +19,7 @@ class Call(Generic[T]):
     """A function of a connection, and what is known of it."""
 
     function: Callable[[Connection], T]
-    """Its statements need no transaction around them."""
+    """Its statements need no transaction around them, unless that is said below."""
     bind_arguments: Mapping[str, Any]
     """What a session chooses the engine by: the mapper and the kind of statement."""
     row: str
@@ -27,6 +27,7 @@ class Call(Generic[T]):
     table: str
     """The table's name, for errors and the log."""
     writes: bool = True
+    in_transaction: bool = False
 
     def __str__(self) -> str:
         return f"{'writing' if self.writes else 'reading'} {self.row!r} in table {self.table!r}"

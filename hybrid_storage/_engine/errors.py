@@ -62,6 +62,7 @@ _TRANSIENT_IN_VITESS = re.compile(
     re.IGNORECASE,
 )
 _CLIENT_ERRORS_OF_MYSQL = range(2000, 3000)  # the server could not be reached, or went away
+_SQLSTATE = re.compile(r"[0-9A-Z]{5}")
 _BUSY_IN_SQLITE = re.compile(r"database (table |schema )?is locked")
 
 # Of psycopg, while it connects. The first two are its own words and libpq's, always in English;
@@ -177,13 +178,27 @@ def _is_about(error: DBAPIError, codes: _Codes, in_sqlite: re.Pattern[str]) -> b
 
 
 def _sqlstate(error: BaseException) -> str | None:
-    state = getattr(getattr(error, "orig", error), "sqlstate", None)
-    return state if isinstance(state, str) else None
+    original = getattr(error, "orig", None) or error
+    arguments = original.args
+    first = arguments[0] if arguments else None
+    for state in (
+        getattr(original, "sqlstate", None),  # psycopg, asyncpg, MySQL Connector
+        getattr(original, "pgcode", None),  # psycopg2
+        first.get("C") if isinstance(first, dict) else None,  # pg8000
+        first,  # pyodbc
+    ):
+        if isinstance(state, str) and _SQLSTATE.fullmatch(state):
+            return state
+    return None
 
 
 def _number(error: DBAPIError) -> int | None:
     arguments = error.orig.args if error.orig is not None else ()
-    return arguments[0] if arguments and isinstance(arguments[0], int) else None
+    first = arguments[0] if arguments else None
+    for number in (getattr(error.orig, "errno", None), first):  # MySQL Connector; the others
+        if isinstance(number, int):
+            return number
+    return None
 
 
 def _is_sqlite(error: DBAPIError) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, cast
 
 from sqlalchemy import URL, Connection, Engine, create_engine, make_url
 from sqlalchemy.orm import Session, sessionmaker
-from sqlalchemy.pool import SingletonThreadPool
+from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
@@ -70,7 +70,17 @@ def session_factory(factory: object) -> tuple[Callable[[], AnySession], bool]:
 def engine_and_factory(url: str | URL, options: dict[str, Any]) -> tuple[AnyEngine, Any]:
     """Return a new engine of the kind that a URL's driver needs, and a session factory on it."""
     url = make_url(url)
+    if url.get_backend_name() == "postgres":
+        raise ValueError(
+            "SQLAlchemy's name for PostgreSQL is 'postgresql': write 'postgresql+psycopg://...' in "
+            "place of 'postgres://...'"
+        )
     if not url.get_dialect().is_async:
+        if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
+            # One connection for all threads: each connection would have a database of its own.
+            options = {"poolclass": StaticPool, **options}
+            arguments = {"check_same_thread": False, **options.get("connect_args", {})}
+            options["connect_args"] = arguments
         engine = create_engine(url, **options)
         return engine, sessionmaker(engine)
     from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine

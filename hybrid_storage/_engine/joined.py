@@ -8,11 +8,14 @@ session's a savepoint of theirs, and nothing is there for others before all is. 
 from __future__ import annotations
 
 import threading
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import Connection, event
+from sqlalchemy.dialects.mysql.base import MySQLDialect
+from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.engine import Transaction, TwoPhaseTransaction
 from sqlalchemy.exc import InvalidRequestError
@@ -172,3 +175,22 @@ def begin_for_real(connection: Connection) -> None:
         driver_connection = connection.connection.driver_connection
         if driver_connection is not None and not driver_connection.in_transaction:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+@contextmanager
+def lock_timeout(connection: Connection, seconds: float) -> Iterator[None]:
+    """Have the server end each wait for a lock: it sees no deadlock with a task that waits."""
+    if isinstance(connection.dialect, PGDialect):
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = {round(1000 * seconds)}")
+        yield
+    elif isinstance(connection.dialect, MySQLDialect):
+        former = connection.exec_driver_sql("SELECT @@innodb_lock_wait_timeout").scalar_one()
+        variable = "SET SESSION innodb_lock_wait_timeout"
+        connection.exec_driver_sql(f"{variable} = {min(former, round(seconds))}")
+        try:
+            yield
+        finally:
+            if not connection.invalidated:
+                connection.exec_driver_sql(f"{variable} = {former}")
+    else:
+        yield

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from contextvars import Context
 from typing import TypeVar
 
+from sqlalchemy.exc import DBAPIError
 from tenacity import (
     AsyncRetrying,
     retry_if_exception,
@@ -20,15 +21,30 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from .errors import in_short, is_transient
+from .errors import in_short, is_lock_timeout, is_transient
 
 T = TypeVar("T")
+
+_MAY_BE_HELD = (
+    "Another transaction may hold the row (in SQLite, the file), such as a session of your "
+    "application with uncommitted changes: commit it, or call the storage inside "
+    "`async with storage.using(session)`"
+)
 
 logger = logging.getLogger("hybrid_storage")
 
 
 async def with_retries(call: Callable[[], Awaitable[T]], seconds: float, what: object) -> T:
     """Call until it succeeds, fails for good, or the time is over."""
+    try:
+        return await _with_retries(call, seconds, what)
+    except DBAPIError as error:
+        if is_lock_timeout(error):
+            error.add_detail(_MAY_BE_HELD)
+        raise
+
+
+async def _with_retries(call: Callable[[], Awaitable[T]], seconds: float, what: object) -> T:
     began = time.monotonic()
     try:
         return await call()
@@ -64,9 +80,8 @@ def warning_if_slow(seconds: float, what: object) -> Iterator[None]:
 
 def _warn(seconds: float, what: object) -> None:
     logger.warning(
-        "%s has been waiting for %g s. Another transaction may hold the row (in SQLite, the file), "
-        "such as a session of your application with uncommitted changes: commit it, or call the "
-        "storage inside `async with storage.using(session)`",
+        "%s has been waiting for %g s. %s",
         what,
         seconds,
+        _MAY_BE_HELD,
     )

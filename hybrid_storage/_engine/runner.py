@@ -22,14 +22,23 @@ from weakref import WeakSet
 from anyio import CapacityLimiter
 from sqlalchemy import Connection, Engine
 from sqlalchemy.dialects.postgresql.base import PGDialect
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, UnboundExecutionError
 from sqlalchemy.orm import Session
 
 from .calls import Call
 from .cancellation import InCallersTask, Interrupter, run_to_completion
 from .errors import is_misplaced_statement
 from .factories import check_bind, synchronous
-from .slots import Bind, PoolState, PoolTaken, acquired, exclusive, pool_state
+from .slots import (
+    HOLDS_WRITE_LOCK,
+    Bind,
+    PoolState,
+    PoolTaken,
+    acquired,
+    exclusive,
+    is_held_by_parent,
+    pool_state,
+)
 from .threads import run_in_thread
 
 if TYPE_CHECKING:
@@ -63,10 +72,10 @@ class Runner:
         context: Context,
     ) -> None:
         """Store what to use."""
-        self.factory = factory
-        self.is_async = is_async
-        self.context = context
-        self.bind_arguments = dict(bind_arguments)
+        self.factory: Callable[[], AnySession] = factory
+        self.is_async: bool = is_async
+        self.context: Context = context
+        self.bind_arguments: dict[str, Any] = dict(bind_arguments)
         self._limiter = limiter
 
     def open(self, bind_arguments: Mapping[str, Any] | None = None) -> tuple[AnySession, Bind]:
@@ -76,7 +85,13 @@ class Runner:
         """
         with self.context():
             session = self.factory()
-            bind = synchronous(session).get_bind(**(bind_arguments or self.bind_arguments))
+            try:
+                bind = synchronous(session).get_bind(**(bind_arguments or self.bind_arguments))
+            except UnboundExecutionError as error:
+                raise UnboundExecutionError(
+                    f"the session factory is not bound to an engine: give it one, as in "
+                    f"sessionmaker(engine), or call its configure(bind=engine) ({error})"
+                ) from error
         check_bind(bind, self.is_async)
         return session, bind
 
@@ -115,6 +130,8 @@ class Runner:
         :raises RuntimeError: if it would wait for a transaction of its own task, or of its parents
         """
         pool = pool_state(bind)
+        if writes and pool.writers and is_held_by_parent(pool):
+            raise RuntimeError(HOLDS_WRITE_LOCK)
         slot = pool.call(writes, self._limiter)
         await (acquired(slot, pool) if pool.is_shared else slot.acquire())
         try:
@@ -191,7 +208,7 @@ def _connected(
                 if call.writes:
                     session.commit()
             return
-        if _autocommits(bind):
+        if _autocommits(bind) and not call.in_transaction:
             # Unless a listener of the pool's has begun a transaction: that is committed below.
             with suppress(DBAPIError, bind.dialect.loaded_dbapi.Error):
                 connection.execution_options(isolation_level="AUTOCOMMIT")

@@ -9,15 +9,14 @@ For ``transactions.py``.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack, asynccontextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from anyio import Lock, move_on_after
-from sqlalchemy import Connection
-from sqlalchemy.dialects.mysql.base import MySQLDialect
-from sqlalchemy.dialects.postgresql.base import PGDialect
+from sqlalchemy import Connection, Dialect
+from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.orm import Session
 
@@ -25,7 +24,7 @@ from .calls import Call
 from .cancellation import Interrupter, run_to_completion
 from .errors import is_lock_timeout
 from .factories import registered, synchronous
-from .joined import JoinedSession, begin_for_real
+from .joined import JoinedSession, begin_for_real, lock_timeout
 from .runner import Connect, Context, carry, carry_to_completion, connected
 from .slots import PARENT_WAIT, WAITS_FOR_PARENT, Bind, exclusive
 
@@ -97,6 +96,13 @@ class Scope:
         end what another does with it.
         """
         return session.bind if isinstance(session.bind, Connection) else None
+
+    def holds_write_lock(self) -> bool:
+        """Tell whether it may hold the one lock of a database: another connection would wait."""
+        return isinstance(self._root._dialect(), SQLiteDialect)
+
+    def _dialect(self) -> Dialect:
+        return synchronous(self.session).get_bind().dialect
 
     async def close(self) -> None:
         """End the scope, after the call that is under way: the session is the caller's again."""
@@ -223,7 +229,7 @@ class TransactionScope(Scope):
             return
         self._connection = self._side.joined.connection(self._bind, self._connect)
         if self._lock_timeout is not None:
-            self._timeout.enter_context(_lock_timeout(self._connection, self._lock_timeout))
+            self._timeout.enter_context(lock_timeout(self._connection, self._lock_timeout))
 
     def _end(self, session: Session, *, commits: bool) -> None:
         with exclusive(self._bind), self.context():
@@ -252,6 +258,9 @@ class TransactionScope(Scope):
     def _own_connection(self, session: Session) -> Connection | None:
         return self._connection
 
+    def _dialect(self) -> Dialect:
+        return self._bind.dialect
+
     def _begin_savepoint(
         self, session: Session, _: Interrupter
     ) -> Callable[[bool, Session], object]:
@@ -278,22 +287,3 @@ def _release(session: Session) -> None:
             session.commit()
     finally:
         session.expire_on_commit = expires
-
-
-@contextmanager
-def _lock_timeout(connection: Connection, seconds: float) -> Iterator[None]:
-    """Have the server end each wait for a lock: it sees no deadlock with a task that waits."""
-    if isinstance(connection.dialect, PGDialect):
-        connection.exec_driver_sql(f"SET LOCAL lock_timeout = {round(1000 * seconds)}")
-        yield
-    elif isinstance(connection.dialect, MySQLDialect):
-        former = connection.exec_driver_sql("SELECT @@innodb_lock_wait_timeout").scalar_one()
-        variable = "SET SESSION innodb_lock_wait_timeout"
-        connection.exec_driver_sql(f"{variable} = {min(former, round(seconds))}")
-        try:
-            yield
-        finally:
-            if not connection.invalidated:
-                connection.exec_driver_sql(f"{variable} = {former}")
-    else:
-        yield

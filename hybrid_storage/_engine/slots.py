@@ -29,6 +29,11 @@ WAITS_FOR_PARENT = (
     "waited {:g} s for what an open transaction of this task or of its parent task holds: open one "
     "transaction for both, or pass its session and call inside `storage.using(session)`"
 )
+HOLDS_WRITE_LOCK = (
+    "an open transaction of this task, or of its parent task, holds SQLite's write lock, so that "
+    "this write would wait for its own task: make it inside `storage.using(session)` with that "
+    "transaction's session, or after the transaction"
+)
 
 _locks: WeakKeyDictionary[Pool | Connection, threading.Lock] = WeakKeyDictionary()
 _guard = threading.Lock()
@@ -60,10 +65,8 @@ class PoolState:
 
     def call(self, writes: bool, limiter: CapacityLimiter | None) -> Slot:
         """Return a slot for a call."""
-        # Not behind a transaction of the same task, which may not have written yet.
-        queues = writes and not is_held_by_parent(self)
         return Slot(
-            *([*self.write_queue, *self.writers] if queues else []),
+            *([*self.write_queue, *self.writers] if writes else []),
             *([] if limiter is None else [of_this_loop(limiter)]),
             *([*self.call_queue, self.calls] if limiter is None or self.is_shared else []),
         )

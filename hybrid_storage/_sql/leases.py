@@ -12,6 +12,7 @@ from typing import Any
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    Delete,
     Dialect,
     Double,
     Executable,
@@ -43,13 +44,13 @@ class Leases:
 
     def __init__(self, table: Table) -> None:
         """Build the statements that are the same on every database."""
-        self.table = table
+        self.table: Table = table
         self._dialects: dict[type[Dialect], _Dialect] = {}
         mine = table.c.owner == bindparam("_owner")
         these = table.c.id.in_(bindparam("_rows", expanding=True))
         self._select_owner = select(table.c.owner).where(table.c.id == bindparam("_row"))
         self._select_mine = select(table.c.id).where(these, mine)
-        self.delete = delete(table).where(table.c.id == bindparam("_row"), mine)
+        self.delete: Delete = delete(table).where(table.c.id == bindparam("_row"), mine)
         self.renew_mine: Update = update(table).where(these, mine)
 
     def acquire(self, connection: Connection, row: str, owner: str, lease: float) -> bool:

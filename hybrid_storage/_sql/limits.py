@@ -10,6 +10,7 @@ from sqlalchemy.dialects.postgresql.base import PGDialect
 
 _LARGE = 100_000  # characters, which may be a million bytes: the least that MySQL takes at once
 _POSTGRESQL_KEY = 2600  # characters; an index has room for a third of a page of 8 KiB, or more
+_CHARSET: Any = select(literal_column("@@character_set_client"))
 _PACKET: Any = select(literal_column("@@max_allowed_packet"))
 
 
@@ -38,6 +39,8 @@ class Limits:
             if text:
                 self.check_text(text)
                 size += len(text)
+                if self._is_mysql and not text.isascii() and max(text) > "\uffff":
+                    self._check_charset(connection)
         if self._is_mysql and size > _LARGE:
             self._check_size(connection, texts)
 
@@ -64,6 +67,15 @@ class Limits:
             raise ValueError(
                 f"MySQL ignores the blanks at the end of the key {row!r}, so that it would share "
                 "the row of the key without them: use a key builder that escapes blanks"
+            )
+
+    def _check_charset(self, connection: Connection) -> None:
+        # Without strict mode, MySQL would store question marks, and say nothing.
+        charset = connection.scalar(_CHARSET)
+        if charset != "utf8mb4":
+            raise ValueError(
+                f"the connection's character set is {charset!r}, which cannot send emoji and other "
+                "characters beyond U+FFFF to MySQL: add ?charset=utf8mb4 to the engine's URL"
             )
 
     def _check_size(self, connection: Connection, texts: tuple[str | None, ...]) -> None:

@@ -10,13 +10,14 @@ statement, and right inside a transaction, be it the caller's.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 from sqlalchemy import (
     Connection,
     Dialect,
     Executable,
     LargeBinary,
+    Select,
     Table,
     Update,
     bindparam,
@@ -28,6 +29,7 @@ from sqlalchemy import cast as sql_cast
 from sqlalchemy.dialects.mysql.base import MySQLDialect
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.orm.exc import StaleDataError
+from sqlalchemy.types import TypeDecorator
 
 from .limits import Limits
 from .results import executed
@@ -41,11 +43,14 @@ class Rows:
 
     def __init__(self, table: Table) -> None:
         """Build the statements that are the same on every database."""
-        self.table = table
+        self.table: Table = table
+        self.needs_transaction: bool = isinstance(table.c.data.type, TypeDecorator)
+        """Whether :meth:`update_data` holds a lock from its read to its write."""
+        self._keeps_time = any(each.onupdate is not None for each in table.columns)
         self._dialects: dict[type[Dialect], _Dialect] = {}
         this_row = table.c.id == bindparam("_row")
         self._select_state = select(table.c.state).where(this_row)
-        self.select_data = select(table.c.data).where(this_row)
+        self.select_data: Select[Any] = select(table.c.data).where(this_row)
         self._select_data_locked = self.select_data.with_for_update()
         self._touch = update(table).where(this_row).values(id=table.c.id)
         self.unset_state: Update = update(table).where(this_row).values(state=None)
@@ -98,11 +103,19 @@ class Rows:
             # SQLite: a transaction that reads first and writes later fails if another wrote
             # in between; one that begins with a write holds the lock by the time it reads.
             executed(connection, self._touch, {"_row": row})
+        if self.needs_transaction:
+            self._update_locked(connection, row, merge)
+            return
         old = self._read(connection, self.select_data, row)
+        written = False
         for _ in range(_ATTEMPTS):
             new = merge(old)
             # What is there already was stored by this call (MySQL does not tell) or by its equal.
-            if new == old or self._compare_and_set(connection, row, old, new):
+            # But the time of the last write moves, if the table keeps it.
+            if new == old and (written or not self._keeps_time):
+                return
+            written = True
+            if self._compare_and_set(connection, row, old, new):
                 return
             # Inside a transaction this reads the latest row, whatever the isolation level showed
             # so far, and locks it: the next attempt succeeds.
@@ -111,6 +124,21 @@ class Rows:
             f"the data of {row!r} in table {self.table.fullname!r} changed under each of "
             f"{_ATTEMPTS} attempts to update it: write to this key less often"
         )
+
+    def _update_locked(
+        self, connection: Connection, row: str, merge: Callable[[str | None], str]
+    ) -> None:
+        # A type that encrypts may write another text each time, which nothing can be compared with.
+        dialect = self._dialect(connection)
+        for _ in range(_ATTEMPTS):
+            found = executed(connection, self._select_data_locked, {"_row": row})
+            new = merge(found.scalar())
+            dialect.limits.check(connection, row, new)
+            if found.found():
+                executed(connection, self.replace_data, {"_row": row, "_value": new})
+                return
+            if dialect.data.set_if_empty(connection, row, new):
+                return
 
     def _read(self, connection: Connection, statement: Executable, row: str) -> str | None:
         self._dialect(connection).limits.check_text(row)

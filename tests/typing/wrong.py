@@ -25,27 +25,24 @@ async_factory = async_sessionmaker(async_engine)
 
 # Constructors
 
-SQLAlchemyStorage()  # E: call-overload
-SQLAlchemyStorage(engine)  # E: call-overload
-SQLAlchemyStorage(async_engine)  # E: call-overload
-SQLAlchemyStorage("sqlite:///bot.db")  # E: call-overload
-SQLAlchemyStorage(lambda: Session(engine))  # E: call-overload
-SQLAlchemyStorage(Session)  # E: call-overload
-SQLAlchemyStorage(factory())  # E: call-overload
-SQLAlchemyStorage(async_factory())  # E: call-overload
-SQLAlchemyStorage(None, Base)  # E: call-overload
-SQLAlchemyStorage(factory, "fsm")  # E: call-overload
+SQLAlchemyStorage(engine)  # E: arg-type
+SQLAlchemyStorage(async_engine)  # E: arg-type
+SQLAlchemyStorage("sqlite:///bot.db")  # E: arg-type
+SQLAlchemyStorage(lambda: Session(engine))  # E: arg-type
+SQLAlchemyStorage(Session)  # E: arg-type
+SQLAlchemyStorage(factory())  # E: arg-type
+SQLAlchemyStorage(async_factory())  # E: arg-type
+SQLAlchemyStorage(factory, "fsm")  # E: arg-type
 SQLAlchemyStorage(factory, MetaData)  # E: arg-type
 SQLAlchemyStorage(factory, NoModel)  # E: arg-type
-SQLAlchemyStorage(factory, Base, NoModel)  # E: arg-type
-SQLAlchemyStorage(factory, Base, None)  # E: call-overload
-SQLAlchemyStorage(factory, key_builder=DefaultKeyBuilder)  # E: call-overload
-SQLAlchemyStorage(factory, json_dumps="json")  # E: call-overload
-SQLAlchemyStorage(factory, limiter=5)  # E: call-overload
-SQLAlchemyStorage(factory, retry_for="long")  # E: call-overload
-SQLAlchemyStorage(factory, unknown=True)  # E: call-overload
-SQLAlchemyStorage(factory, session=factory)  # E: call-overload
-SQLAlchemyStorage(session=engine, base=Base)  # E: call-overload
+SQLAlchemyStorage(factory, Base, NoModel)  # E: type-var
+SQLAlchemyStorage(factory, Base, None)  # E: arg-type
+SQLAlchemyStorage(factory, key_builder=DefaultKeyBuilder)  # E: arg-type
+SQLAlchemyStorage(factory, json_dumps="json")  # E: arg-type
+SQLAlchemyStorage(factory, limiter=5)  # E: arg-type
+SQLAlchemyStorage(factory, retry_for="long")  # E: arg-type
+SQLAlchemyStorage(factory, unknown=True)  # E: call-arg
+SQLAlchemyStorage(session=engine, base=Base)  # E: arg-type
 SQLAlchemyStorage.from_url(engine)  # E: arg-type
 SQLAlchemyStorage.from_url("sqlite:///bot.db", metadata="fsm")  # E: arg-type
 declare_model("fsm", Base)  # E: arg-type
@@ -113,3 +110,11 @@ async def use_transactions(key: StorageKey) -> None:
         pass
     async with storage.transaction() as session:
         await session.execute(None)  # E: call-overload
+
+
+async def use_inferred_types() -> None:
+    async with SQLAlchemyStorage(sessionmaker(engine)).transaction() as session:
+        await session.commit()  # E: func-returns-value, misc
+    async with SQLAlchemyStorage(async_sessionmaker(async_engine)).transaction() as other:
+        other.commit()  # E: unused-coroutine
+        other.query(NoModel)  # E: attr-defined

@@ -1,0 +1,20 @@
+"""Which of the tables are there."""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection, Table, inspect
+
+
+def create(connection: Connection, tables: list[Table]) -> None:
+    """Create those of the tables that are missing."""
+    tables[0].metadata.create_all(connection, tables=tables)
+
+
+def missing(connection: Connection, tables: list[Table]) -> list[str]:
+    """Return the names of those that are missing."""
+    inspector = inspect(connection)
+    return [
+        table.fullname
+        for table in tables
+        if not inspector.has_table(table.name, schema=table.schema)
+    ]
