@@ -7,7 +7,6 @@ in your ``conftest.py`` to have the fixture.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,4 +35,5 @@ def fsm_storage() -> Iterator[SQLAlchemyStorage[Session]]:
     """Return an empty storage in memory."""
     storage = memory_storage()
     yield storage
-    asyncio.run(storage.close())
+    assert isinstance(storage.engine, Engine)
+    storage.engine.dispose()
