@@ -100,4 +100,5 @@ async def test_an_unchanged_update_moves_the_time_of_the_last_write(
     )
     assert await storage.update_data(key, {"name": "Ada"}) == {"name": "Ada"}
     moved = await storage.run_sync(lambda session: session.scalar(select(Conversation.updated_at)))
+    assert moved is not None
     assert moved > long_ago
