@@ -3,7 +3,7 @@
 from ._codec import CorruptDataError
 from .isolation import SQLAlchemyEventIsolation
 from .keys import FullKeyBuilder
-from .model import FSMData, declare_model
+from .model import FSMData, declare_lock_table, declare_model
 from .operations import Operations
 from .storage import SQLAlchemyStorage
 from .transactions import SessionMiddleware
@@ -19,5 +19,6 @@ __all__ = [
     "SQLAlchemyStorage",
     "SessionMiddleware",
     "__version__",
+    "declare_lock_table",
     "declare_model",
 ]

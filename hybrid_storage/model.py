@@ -128,6 +128,9 @@ def declare_model(base: type[HasMetaData] | MetaData, table_name: str) -> type[F
 def declare_lock_table(model: type[FSMData]) -> Table:
     """Declare the table of event isolation's locks beside a model's, or return the one declared.
 
+    For the module that Alembic's ``env.py`` imports, if ``create_isolation()`` is called in
+    another one: autogenerate would drop the table.
+
     :param model: the storage's model
     :raises ValueError: if the metadata has a table of that name with other columns
     :return: the table, ``<table_name>_lock``

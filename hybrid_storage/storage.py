@@ -196,9 +196,7 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage, Generic[S, M]):
     def create_isolation(
         self, *, lease: float = 30.0, poll: float = 0.5, wait: float | None = None
     ) -> SQLAlchemyEventIsolation:
-        """Return event isolation by locks in the table ``<table_name>_lock``.
-
-        Afterwards :meth:`create_table` makes that table too.
+        """Return event isolation by locks in ``<table_name>_lock``, a table to create, too.
 
         :param lease: after how many seconds the locks of a process that died end; they are renewed
             three times as often while a handler runs

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import anyio
-from aiogram.fsm.storage.base import StorageKey
+from aiogram.fsm.storage.base import KeyBuilder, StorageKey
 from backends import SERVERS, Backend
 from sqlalchemy import URL, Connection, Engine, event, func, select, text
 from sqlalchemy.pool import NullPool, Pool
@@ -82,10 +82,14 @@ class Lock:
 
 @contextmanager
 def locked(
-    backend: Backend, url: URL, storage: SQLAlchemyStorage, key: StorageKey
+    backend: Backend,
+    url: URL,
+    storage: SQLAlchemyStorage,
+    key: StorageKey,
+    key_builder: KeyBuilder | None = None,
 ) -> Iterator[Lock]:
     """Lock the row of a conversation, which must be there, until released or left."""
-    row = FullKeyBuilder().build(key)
+    row = (key_builder or FullKeyBuilder()).build(key)
     holder = next(each for each in SERVERS if each.server == backend.server and not each.is_async)
     engine: Any = holder.engine(url, poolclass=NullPool)
     with engine.connect() as connection:

@@ -46,7 +46,7 @@ from sqlalchemy.orm import (
 )
 from sqlalchemy.schema import CreateTable
 
-from hybrid_storage import FSMData, SQLAlchemyStorage, declare_model
+from hybrid_storage import FSMData, SQLAlchemyStorage, declare_lock_table, declare_model
 
 unbound = sessionmaker()
 on_both_runners = pytest.mark.parametrize("backend", SQLITE, ids=str)
@@ -804,3 +804,12 @@ async def test_rows_that_the_application_inserts_are_read(
     await storage.run_sync(write)
     assert await storage.get_state(key) == "a"
     assert await storage.get_data(key) == {"a": 1}
+
+
+def test_the_table_of_locks_can_be_declared_where_the_model_is() -> None:
+    """Alembic's autogenerate would drop it if env.py imported the model's module alone."""
+    model = declare_model(MetaData(), "fsm")
+    table = declare_lock_table(model)
+    storage = SQLAlchemyStorage(sessionmaker(create_engine("sqlite:///bot.db")), model=model)
+    storage.create_isolation()
+    assert storage.metadata.tables["fsm_lock"] is table

@@ -116,7 +116,7 @@ async def test_the_log_has_no_data_and_no_line_that_a_key_forged(
     key = replace(key, destiny=FORGED)
     await storage.set_data(key, {"name": "s3cret"})
     async with create_task_group() as calls:
-        with locked(backend, url_of(backend), storage, key):
+        with locked(backend, url_of(backend), storage, key, KEY_BUILDERS["raw"]):
             calls.start_soon(storage.set_state, key, "s3cret")
             calls.start_soon(storage.update_data, key, {"s3cret": "s3cret"})
             await until(lambda: len(caplog.records) >= 2)

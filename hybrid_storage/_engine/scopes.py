@@ -228,6 +228,8 @@ class TransactionScope(Scope):
         if self._connection is not None:
             return
         self._connection = self._side.joined.connection(self._bind, self._connect)
+        if not self._side.autobegin:
+            self._side.begin()
         if self._lock_timeout is not None:
             self._timeout.enter_context(lock_timeout(self._connection, self._lock_timeout))
 
