@@ -180,10 +180,7 @@ def test_pooler_mixes_statements(
 def test_pooler_forgets_statements(
     scenario: Scenario, server: Server, postgresql_server: Server
 ) -> None:
-    """As the one before, by libpq and by asyncpg itself, and no call fails.
-
-    Psycopg has not been told of the pooler: what is prepared elsewhere is sent as a text.
-    """
+    """As the one before, by a psycopg that has not been told of the pooler: it is told at once."""
     scenario.hire(server.url.set(drivername="postgresql+psycopg"))
     scenario.hire(server.url.set(drivername="postgresql+psycopg"))
     asyncpg = server.url.set(drivername="postgresql+asyncpg")
@@ -191,4 +188,4 @@ def test_pooler_forgets_statements(
     for _ in scenario.at_work():
         time.sleep(0.2)
     outcome = scenario.judge(postgresql_server.url, faults=1)
-    assert outcome.retried == 0
+    assert outcome.retried < outcome.acknowledged / 20
