@@ -270,7 +270,7 @@ class SessionMiddleware(BaseMiddleware):
         :param data: the handlers' arguments
         :return: what the handler returns
         """
-        others = {name: data[name] for name in (self._name,) if name in data}
+        others: dict[str, Any] = {name: data[name] for name in (self._name,) if name in data}
         async with self._storage.transaction(allow_blocking=self._allow_blocking) as session:
             data[self._name] = session
             try:
@@ -278,12 +278,11 @@ class SessionMiddleware(BaseMiddleware):
             except (SkipHandler, CancelHandler) as error:
                 decision = error
             except BaseException:
-                data[self._name] = others.get(self._name, _EndedSession())
+                others.setdefault(self._name, _EndedSession())
                 raise
             finally:
-                if data.get(self._name) is session:
-                    data.pop(self._name)
-                    data.update(others)
+                data.pop(self._name, None)
+                data.update(others)
         raise decision
 
 

@@ -544,7 +544,8 @@ class Bots:
 
         @self.dispatcher.error()
         async def failed(error: ErrorEvent, **data: Any) -> Any:
-            self.errors.append((error.exception, "session" in data))
+            session = data.get("session")  # where it is, it says that its transaction is over
+            self.errors.append((error.exception, isinstance(session, Session)))
 
     async def say(self, text: str) -> Any:
         return await self.dispatcher.feed_update(self.bot, message(text))
