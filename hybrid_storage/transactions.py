@@ -26,7 +26,7 @@ from ._engine.factories import check_bind
 from ._engine.joined import JoinedSession, open_joined
 from ._engine.retries import warning_if_slow
 from ._engine.runner import Runner, checked_out
-from ._engine.scopes import Scope, ScopeClosed, TransactionScope
+from ._engine.scopes import Scope, ScopeClosed
 from ._engine.slots import (
     PARENT_WAIT,
     Bind,
@@ -35,6 +35,7 @@ from ._engine.slots import (
     pool_state,
     transaction_slot,
 )
+from ._engine.transaction import TransactionScope
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
@@ -193,8 +194,9 @@ class Transactions(Generic[S]):
         try:
             yield
         finally:
-            self._joined.reset(token)
             await scope.close()
+            with suppress(ValueError):  # left in another context than entered
+                self._joined.reset(token)
 
     @asynccontextmanager
     async def _ending(self, scope: TransactionScope) -> AsyncIterator[None]:

@@ -33,6 +33,7 @@ ORDER = [
     "_engine.runner",
     "_engine.joined",
     "_engine.scopes",
+    "_engine.transaction",
     "_arguments",
     "_codec",
     "keys",

@@ -26,6 +26,9 @@ _SERVER_ANSWERS_WITHIN = 5.0  # seconds: the limit of one request to cancel
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0  # seconds between requests to cancel
 
 
+_ending: set[asyncio.Future[None]] = set()
+
+
 class StatementCancelledError(asyncio.CancelledError):
     """The caller was cancelled: the worker must not go on to the next step."""
 
@@ -88,7 +91,9 @@ def _end_statement(driver_connection: Any) -> None:
     """End the statement of a driver's connection, if the driver has a way to."""
     families = {kind.__module__.partition(".")[0] for kind in type(driver_connection).__mro__}
     if "aiosqlite" in families:
-        asyncio.ensure_future(_end_in_aiosqlite(driver_connection))  # noqa: RUF006
+        task = asyncio.ensure_future(_end_in_aiosqlite(driver_connection))
+        _ending.add(task)  # or the garbage collector would take it
+        task.add_done_callback(_ending.discard)
     elif "sqlite3" in families:
         driver_connection.interrupt()
     elif families & {"psycopg", "psycopg2"} and not iscoroutinefunction(driver_connection.close):
@@ -120,17 +125,34 @@ class InCallersTask(Awaitable[T]):
         """Await the coroutine."""
         steps = self._coroutine.__await__()
         step: Callable[[], Any] = partial(next, steps)
-        while True:
-            try:
+        cancellation: asyncio.CancelledError | None = None
+        shield: CancelScope | None = None
+        try:
+            while True:
                 awaited = step()
-            except StopIteration as stop:
-                return cast("T", stop.value)
-            try:
-                step = partial(steps.send, (yield awaited))
-            except BaseException as error:
-                if isinstance(error, asyncio.CancelledError):
-                    self._interrupter.request()
-                step = partial(steps.throw, error)
+                try:
+                    step = partial(steps.send, (yield awaited))
+                except BaseException as error:
+                    if isinstance(error, asyncio.CancelledError) and cancellation is None:
+                        cancellation = error
+                        # anyio would cancel again in each turn of the loop, and interrupt what
+                        # the driver does to cancel at the server.
+                        shield = CancelScope(shield=True).__enter__()
+                        self._interrupter.request()
+                    step = partial(steps.throw, error)
+        except StopIteration as stop:
+            if cancellation is not None:
+                raise cancellation from None
+            return cast("T", stop.value)
+        except Exception:
+            if cancellation is not None:
+                raise cancellation from None
+            raise
+        except asyncio.CancelledError:
+            raise cancellation or asyncio.CancelledError from None
+        finally:
+            if shield is not None:
+                shield.__exit__(None, None, None)
 
 
 async def run_to_completion(

@@ -85,8 +85,12 @@ class JoinedConnections:
 
         :raises InvalidRequestError: in the event loop's thread
         """
-        if self._blocks_in == threading.get_ident():
+        if self.would_block():
             raise InvalidRequestError(_BLOCKS)
+
+    def would_block(self) -> bool:
+        """Tell whether a statement would block the event loop."""
+        return self._blocks_in == threading.get_ident()
 
     def savepoint(self) -> None:
         """Begin what can be undone by itself."""
@@ -125,6 +129,13 @@ class JoinedSession(Session):
     def begin(self, nested: bool = False) -> SessionTransaction:
         """Begin, or begin a savepoint in what has begun: ``with session.begin():`` works."""
         return super().begin(nested=nested or self.in_transaction())
+
+    def close(self) -> None:
+        """Close; in the event loop's thread, where that would block, only forget all objects."""
+        if self.joined.would_block():
+            self.expunge_all()
+        else:
+            super().close()
 
     def commit(self) -> None:
         """Release the session's savepoint, unless that would block the event loop."""

@@ -133,11 +133,17 @@ class Runner:
         if writes and pool.writers and is_held_by_parent(pool):
             raise RuntimeError(HOLDS_WRITE_LOCK)
         slot = pool.call(writes, self._limiter)
-        await (acquired(slot, pool) if pool.is_shared else slot.acquire())
+        # Those who have the slots may wait for what a transaction of this task has locked.
+        goes_on = is_held_by_parent(pool) and not pool.is_shared
+        if not goes_on:
+            await acquired(slot, pool)
+        elif not slot.acquire_nowait():
+            return await work(None)
         try:
             return await work(pool)
         except PoolTaken:
-            pass
+            if goes_on:
+                return await work(None)
         finally:
             slot.release()
         async with pool.spares:

@@ -10,23 +10,25 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack, asynccontextmanager, nullcontext
+from contextlib import (
+    asynccontextmanager,
+    nullcontext,
+)
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from anyio import Lock, move_on_after
 from sqlalchemy import Connection, Dialect
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
-from sqlalchemy.exc import DBAPIError, PendingRollbackError
+from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.orm import Session
 
 from .calls import Call
 from .cancellation import Interrupter, run_to_completion
-from .errors import is_lock_timeout
 from .factories import registered, synchronous
-from .joined import JoinedSession, begin_for_real, lock_timeout
-from .runner import Connect, Context, carry, carry_to_completion, connected
-from .slots import PARENT_WAIT, WAITS_FOR_PARENT, Bind, exclusive
+from .joined import begin_for_real
+from .runner import Context, carry, carry_to_completion
+from .slots import PARENT_WAIT, Bind, is_shared
 
 if TYPE_CHECKING:
     from .factories import AnySession
@@ -38,8 +40,17 @@ class ScopeClosed(Exception):
     """The scope ended before the call's turn came. The call has not begun."""
 
 
+def _invalidate(session: Session) -> None:
+    if session.in_transaction():
+        connection = session.connection()
+        if not is_shared(connection.engine):
+            connection.invalidate()
+
+
 class Scope:
     """A session that calls join."""
+
+    _is_borrowed = True
 
     def __init__(
         self,
@@ -162,6 +173,9 @@ class Scope:
                 return await carry(self.session, bind, partial(self._root._in_order, work))
             except asyncio.CancelledError:
                 self._root._was_cancelled = True
+                if self._root._is_borrowed and isinstance(self.session, Session):
+                    # PostgreSQL would take its owner's COMMIT, and roll back without a word.
+                    await carry_to_completion(self.session, _invalidate)
                 raise
 
     def _in_order(self, work: Callable[[Session, Interrupter], T], interrupter: Interrupter) -> T:
@@ -170,122 +184,21 @@ class Scope:
 
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
-        with move_on_after(PARENT_WAIT if self._has_savepoint else None) as limit:
-            await self._lock.acquire()
-        if limit.cancelled_caught:
-            raise RuntimeError(
-                f"waited {PARENT_WAIT:g} s for a nested transaction() of the parent task, which "
-                "may be waiting for this task: start the task inside the nested block"
-            )
+        had_savepoint = self._has_savepoint
+        while True:
+            with move_on_after(PARENT_WAIT) as limit:
+                await self._lock.acquire()
+            if not limit.cancelled_caught:
+                break
+            if had_savepoint and self._has_savepoint:
+                raise RuntimeError(
+                    "waited for a nested transaction() of the parent task, which may be waiting "
+                    "for this task: start the task inside the nested block"
+                )
+            had_savepoint = self._has_savepoint
         try:
             if not self.is_open:
                 raise ScopeClosed
             yield
         finally:
             self._lock.release()
-
-
-class TransactionScope(Scope):
-    """A scope with a session of the storage's own, on connections that it keeps to its end."""
-
-    session: AnySession
-
-    def __init__(
-        self,
-        session: AnySession,
-        side: JoinedSession,
-        bind: Bind,
-        context: Context,
-        registry: object,
-        *,
-        connect: Connect = connected,
-        lock_timeout: float | None = None,
-    ) -> None:
-        """Remember the session; ``lock_timeout`` is how many seconds to wait for a lock."""
-        super().__init__(session, context, registry)
-        self._side = side
-        self._bind = bind
-        self._connect = connect
-        self._lock_timeout = lock_timeout
-        self._connection: Connection | None = None
-        self._timeout = ExitStack()
-
-    async def begin(self) -> None:
-        """Check out the connection, for code that uses the session without the storage."""
-        await self._carry(lambda session, interrupter: None, self._bind)
-
-    async def end(self, succeeded: bool) -> None:
-        """Commit or roll back, and give the connections back, even if the caller is cancelled.
-
-        :raises PendingRollbackError: if a call was cancelled and the block went on all the same
-        """
-        commits = succeeded and not self._was_cancelled
-        await carry_to_completion(self.session, partial(self._end, commits=commits))
-        if succeeded:
-            self.raise_if_cancelled()
-
-    def _begin(self) -> None:
-        if self._connection is not None:
-            return
-        self._connection = self._side.joined.connection(self._bind, self._connect)
-        if not self._side.autobegin:
-            self._side.begin()
-        if self._lock_timeout is not None:
-            self._timeout.enter_context(lock_timeout(self._connection, self._lock_timeout))
-
-    def _end(self, session: Session, *, commits: bool) -> None:
-        with exclusive(self._bind), self.context():
-            committed = False
-            try:
-                if commits:
-                    session.commit()
-                committed = commits
-            finally:
-                try:
-                    session.close()
-                    self._timeout.close()
-                finally:
-                    self._side.joined.end(commits=committed)
-
-    def _in_order(self, work: Callable[[Session, Interrupter], T], interrupter: Interrupter) -> T:
-        with exclusive(self._bind):
-            try:
-                self._begin()
-                return super()._in_order(work, interrupter)
-            except DBAPIError as error:
-                if self._lock_timeout is not None and is_lock_timeout(error):
-                    error.add_detail(WAITS_FOR_PARENT.format(self._lock_timeout))
-                raise
-
-    def _own_connection(self, session: Session) -> Connection | None:
-        return self._connection
-
-    def _dialect(self) -> Dialect:
-        return self._bind.dialect
-
-    def _begin_savepoint(
-        self, session: Session, _: Interrupter
-    ) -> Callable[[bool, Session], object]:
-        # Below the session's own savepoint, or a function that commits would release both.
-        _release(session)
-        self._side.joined.savepoint()
-        return self._end_savepoint
-
-    def _end_savepoint(self, commits: bool, session: Session) -> None:
-        with exclusive(self._bind), self.context():
-            if commits:
-                _release(session)
-            else:
-                session.rollback()
-                session.expire_all()
-            self._side.joined.end_savepoint(commits=commits)
-
-
-def _release(session: Session) -> None:
-    """Have a session release its savepoint, and keep what it has loaded."""
-    expires, session.expire_on_commit = session.expire_on_commit, False
-    try:
-        if session.in_transaction():
-            session.commit()
-    finally:
-        session.expire_on_commit = expires

@@ -10,7 +10,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
+from contextlib import (
+    AbstractContextManager,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from contextvars import ContextVar
 from typing import TypeAlias
 from weakref import ReferenceType, WeakKeyDictionary, ref
@@ -53,7 +59,7 @@ class PoolState:
         # Calls outside a transaction must go on meanwhile, unless they share its connection.
         self.transactions = self.calls if self.is_shared else CapacityLimiter(pool_size(bind))
         self.heartbeats = self.calls if self.is_shared else CapacityLimiter(1)
-        self.spares = CapacityLimiter(1)
+        self.spares = CapacityLimiter(pool_size(bind))
         # Writers would otherwise sleep in SQLite's busy handler, which wakes up far too late.
         self.writers = [CapacityLimiter(1)] if isinstance(bind.dialect, SQLiteDialect) else []
         # Where there is one for all, calls queue before it, so that a heartbeat waits for the call
@@ -154,6 +160,15 @@ class Slot:
         self._limiters = limiters
         self._taken = 0
 
+    def acquire_nowait(self) -> bool:
+        """Take the tokens if there is nothing to wait for."""
+        for limiter in self._limiters:
+            if not _takes_at_once(limiter, self):
+                self.release()
+                return False
+            self._taken += 1
+        return True
+
     async def acquire(self) -> None:
         """Wait for the tokens. Cancelled, it keeps none."""
         try:
@@ -225,9 +240,10 @@ async def transaction_slot(pool: PoolState) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        _transactions.reset(token)
         pool.open_transactions.discard(this)
         slot.release()
+        with suppress(ValueError):  # left in another context than entered
+            _transactions.reset(token)
 
 
 def exclusive(bind: Bind) -> AbstractContextManager[object]:

@@ -1,0 +1,134 @@
+"""A scope whose session is the storage's own: one transaction. For ``transactions.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from sqlalchemy import Connection, Dialect
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from .cancellation import Interrupter
+from .errors import is_lock_timeout
+from .joined import JoinedSession, lock_timeout
+from .runner import Connect, Context, carry_to_completion, connected
+from .scopes import Scope
+from .slots import WAITS_FOR_PARENT, Bind, exclusive
+
+if TYPE_CHECKING:
+    from .factories import AnySession
+
+T = TypeVar("T")
+
+
+class TransactionScope(Scope):
+    """A scope with a session of the storage's own, on connections that it keeps to its end."""
+
+    _is_borrowed = False
+
+    def __init__(
+        self,
+        session: AnySession,
+        side: JoinedSession,
+        bind: Bind,
+        context: Context,
+        registry: object,
+        *,
+        connect: Connect = connected,
+        lock_timeout: float | None = None,
+    ) -> None:
+        """Remember the session; ``lock_timeout`` is how many seconds to wait for a lock."""
+        super().__init__(session, context, registry)
+        self._side = side
+        self._bind = bind
+        self._connect = connect
+        self._lock_timeout = lock_timeout
+        self._connection: Connection | None = None
+        self._timeout = ExitStack()
+
+    async def begin(self) -> None:
+        """Check out the connection, for code that uses the session without the storage."""
+        await self._carry(lambda session, interrupter: None, self._bind)
+
+    async def end(self, succeeded: bool) -> None:
+        """Commit or roll back, and give the connections back, even if the caller is cancelled.
+
+        :raises PendingRollbackError: if a call was cancelled and the block went on all the same
+        """
+        commits = succeeded and not self._was_cancelled
+        await carry_to_completion(self.session, partial(self._end, commits=commits))
+        if succeeded:
+            self.raise_if_cancelled()
+
+    def _begin(self) -> None:
+        if self._connection is None:
+            self._connection = self._side.joined.connection(self._bind, self._connect)
+            if self._lock_timeout is not None:
+                self._timeout.enter_context(lock_timeout(self._connection, self._lock_timeout))
+        if not self._side.autobegin and not self._side.in_transaction():
+            self._side.begin()
+
+    def _end(self, session: Session, *, commits: bool) -> None:
+        self.is_open = False
+        with exclusive(self._bind), self.context(), self._undone_already():
+            committed = False
+            try:
+                if commits:
+                    session.commit()
+                committed = commits
+            finally:
+                try:
+                    session.close()
+                    self._timeout.close()
+                finally:
+                    self._side.joined.end(commits=committed)
+
+    def _in_order(self, work: Callable[[Session, Interrupter], T], interrupter: Interrupter) -> T:
+        with exclusive(self._bind):
+            try:
+                self._begin()
+                return super()._in_order(work, interrupter)
+            except DBAPIError as error:
+                if self._lock_timeout is not None and is_lock_timeout(error):
+                    error.add_detail(WAITS_FOR_PARENT.format(self._lock_timeout))
+                raise
+
+    def _own_connection(self, session: Session) -> Connection | None:
+        return self._connection
+
+    def _dialect(self) -> Dialect:
+        return self._bind.dialect
+
+    def _begin_savepoint(
+        self, session: Session, _: Interrupter
+    ) -> Callable[[bool, Session], object]:
+        # Below the session's own savepoint, or a function that commits would release both.
+        _release(session)
+        self._side.joined.savepoint()
+        return self._end_savepoint
+
+    def _undone_already(self) -> AbstractContextManager[object]:
+        # After a cancellation, errors about savepoints that are gone must not take its place.
+        return suppress(DBAPIError) if self._was_cancelled else nullcontext()
+
+    def _end_savepoint(self, commits: bool, session: Session) -> None:
+        with exclusive(self._bind), self.context(), self._undone_already():
+            if commits:
+                _release(session)
+            else:
+                session.rollback()
+                session.expire_all()
+            self._side.joined.end_savepoint(commits=commits)
+
+
+def _release(session: Session) -> None:
+    """Have a session release its savepoint, and keep what it has loaded."""
+    expires, session.expire_on_commit = session.expire_on_commit, False
+    try:
+        if session.in_transaction():
+            session.commit()
+    finally:
+        session.expire_on_commit = expires
