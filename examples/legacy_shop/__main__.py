@@ -19,7 +19,7 @@ from bot_api import serve
 from werkzeug.serving import make_server
 
 from .bot import dp, poll
-from .shop.database import set_up
+from .shop.orders import set_up
 from .support import app
 
 

@@ -11,7 +11,7 @@ from aiogram.fsm.state import State, StatesGroup
 from aiogram.types import Message
 
 from .shop.orders import PaymentRefused, money, pay, place_order, price_list, total
-from .storage import BOT_TOKEN, storage
+from .storage import BOT_TOKEN, call, storage
 
 dp = Dispatcher(storage=storage)
 dp.startup.register(storage.create_table)
@@ -27,7 +27,7 @@ class Checkout(StatesGroup):
 
 @dp.message(Command("start"))
 async def start(message: Message, state: FSMContext) -> None:
-    goods = await storage.run_sync(price_list)
+    goods = await call(price_list)
     await state.set_data({})
     await state.set_state(Checkout.product)
     lines = "; ".join(f"{number}: {line}" for number, line in goods.items())
@@ -36,7 +36,7 @@ async def start(message: Message, state: FSMContext) -> None:
 
 @dp.message(Checkout.product, F.text.as_("text"))
 async def take_product(message: Message, state: FSMContext, text: str) -> None:
-    if text not in map(str, await storage.run_sync(price_list)):
+    if text not in map(str, await call(price_list)):
         await message.answer("Please send a number of the list.")
         return
     await state.update_data(product=int(text))
@@ -58,7 +58,7 @@ async def take_quantity(message: Message, state: FSMContext, text: str) -> None:
 async def take_address(message: Message, state: FSMContext, address: str) -> None:
     form = await state.update_data(address=address)
     await state.set_state(Checkout.payment)
-    cents = await storage.run_sync(total, form["product"], form["quantity"])
+    cents = await call(total, form["product"], form["quantity"])
     await message.answer(f"That makes {money(cents)}. The code of your gift card?")
 
 
@@ -67,10 +67,8 @@ async def take_payment(message: Message, state: FSMContext, card: str) -> None:
     try:
         async with storage.transaction():
             form = await state.get_data()
-            order = await storage.run_sync(
-                place_order, form["product"], form["quantity"], form["address"]
-            )
-            await storage.run_sync(pay, order, card)
+            order = await call(place_order, form["product"], form["quantity"], form["address"])
+            await call(pay, order, card)
             await state.set_state(Checkout.paid)
             await state.set_data({"order": order})
     except PaymentRefused as refusal:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .shop.database import SessionLocal
+from .shop.database import Session
 from .storage import conversation, storage
 
 
@@ -13,10 +13,11 @@ def main() -> None:
     parser.add_argument("user_id", type=int)
     key = conversation(parser.parse_args().user_id)
 
-    with SessionLocal.begin() as session:
-        state = storage.operations.get_state(session, key)
-        data = storage.operations.get_data(session, key)
-        storage.operations.clear(session, key)
+    session = Session()
+    state = storage.operations.get_state(session, key)
+    data = storage.operations.get_data(session, key)
+    storage.operations.clear(session, key)
+    session.commit()
     print(f"was: {state} {data}")
 
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 from aiogram.fsm.storage.base import StorageKey
-from sqlalchemy.orm import Session
 
 from hybrid_storage import SQLAlchemyStorage
 
-from .shop.database import SessionLocal
-from .shop.models import Base
+from .shop.database import Base, Session
 
 BOT_TOKEN = os.getenv("BOT_TOKEN", "42:stand-in")
 
-storage: SQLAlchemyStorage[Session] = SQLAlchemyStorage(SessionLocal, Base, "conversation")
+storage = SQLAlchemyStorage(Session, Base, "conversation")
+
+
+async def call(function: Callable[..., Any], *args: Any) -> Any:
+    """Call one of the shop's functions, which take no session: they use the global one."""
+    return await storage.run_sync(lambda session: function(*args))
 
 
 def conversation(user_id: int) -> StorageKey:

@@ -9,7 +9,7 @@ from flask_admin.contrib.sqla import ModelView
 from werkzeug import Response
 from wtforms import Field, Form, TextAreaField, ValidationError
 
-from .shop.database import SessionLocal, db
+from .shop.database import Session
 from .shop.web import admin, app
 from .storage import conversation, storage
 
@@ -35,7 +35,7 @@ class ConversationView(ModelView):
     form_args = {"data": {"validators": [json_object]}}  # noqa: RUF012
 
 
-admin.add_view(ConversationView(storage.model, db, name="Conversations"))
+admin.add_view(ConversationView(storage.model, Session, name="Conversations"))
 
 PAGE = """<!doctype html>
 <title>User {{ user_id }}</title>
@@ -48,14 +48,13 @@ PAGE = """<!doctype html>
 
 @app.get("/conversations/<int:user_id>")
 def show_conversation(user_id: int) -> str:
-    with SessionLocal() as session:
-        state = storage.operations.get_state(session, conversation(user_id))
-        data = storage.operations.get_data(session, conversation(user_id))
+    state = storage.operations.get_state(Session(), conversation(user_id))
+    data = storage.operations.get_data(Session(), conversation(user_id))
     return render_template_string(PAGE, user_id=user_id, state=state, data=data)
 
 
 @app.post("/conversations/<int:user_id>")
 def reset_conversation(user_id: int) -> Response:
-    with SessionLocal.begin() as session:
-        storage.operations.clear(session, conversation(user_id))
+    storage.operations.clear(Session(), conversation(user_id))
+    Session.commit()
     return redirect(url_for("show_conversation", user_id=user_id))

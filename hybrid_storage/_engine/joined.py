@@ -8,7 +8,7 @@ session's a savepoint of theirs, and nothing is there for others before all is. 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
@@ -124,7 +124,14 @@ class JoinedSession(Session):
 
     def get_bind(self, *args: Any, **kwargs: Any) -> Connection:
         """Return the transaction's connection to what the application's own rules choose."""
+        self.joined.refuse()  # whoever asks is about to execute a statement
         return self.joined.connection(super().get_bind(*args, **kwargs))
+
+    def flush(self, objects: Sequence[Any] | None = None) -> None:
+        """Flush, unless that would block the event loop: refused later, the session would fail."""
+        if self.new or self.dirty or self.deleted:
+            self.joined.refuse()
+        super().flush(objects)
 
     def begin(self, nested: bool = False) -> SessionTransaction:
         """Begin, or begin a savepoint in what has begun: ``with session.begin():`` works."""

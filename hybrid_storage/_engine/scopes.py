@@ -15,10 +15,10 @@ from contextlib import (
     nullcontext,
 )
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from anyio import Lock, move_on_after
-from sqlalchemy import Connection, Dialect
+from sqlalchemy import Connection
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.orm import Session
@@ -78,7 +78,7 @@ class Scope:
         :raises PendingRollbackError: if an earlier call was cancelled
         """
         arguments = dict(call.bind_arguments)
-        bind = synchronous(self.session).get_bind(**arguments)
+        bind = self._root._bind_of(arguments)
 
         def in_session(session: Session, interrupter: Interrupter) -> T:
             connection = session.connection(arguments)
@@ -110,10 +110,12 @@ class Scope:
 
     def holds_write_lock(self) -> bool:
         """Tell whether it may hold the one lock of a database: another connection would wait."""
-        return isinstance(self._root._dialect(), SQLiteDialect)
+        return isinstance(self._root._bind_of({}).dialect, SQLiteDialect)
 
-    def _dialect(self) -> Dialect:
-        return synchronous(self.session).get_bind().dialect
+    def _bind_of(self, arguments: dict[str, Any]) -> Bind:
+        """Return the engine, or the connection, that the session uses for a call."""
+        with self.context():
+            return synchronous(self.session).get_bind(**arguments)
 
     async def close(self) -> None:
         """End the scope, after the call that is under way: the session is the caller's again."""

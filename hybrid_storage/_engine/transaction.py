@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy import Connection, Dialect
+from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
@@ -99,8 +99,8 @@ class TransactionScope(Scope):
     def _own_connection(self, session: Session) -> Connection | None:
         return self._connection
 
-    def _dialect(self) -> Dialect:
-        return self._bind.dialect
+    def _bind_of(self, arguments: dict[str, Any]) -> Bind:
+        return self._bind
 
     def _begin_savepoint(
         self, session: Session, _: Interrupter

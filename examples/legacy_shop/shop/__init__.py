@@ -1,1 +1,1 @@
-"""The shop as it was before the bot: Flask and synchronous SQLAlchemy."""
+"""The shop as it was before the bot: Flask, synchronous SQLAlchemy, one global session."""

@@ -1,23 +1,19 @@
 """The shop's tables. Amounts are in cents."""
 
-from __future__ import annotations
+from sqlalchemy import Column, ForeignKey, Integer, String
+from sqlalchemy.orm import relationship
 
-from sqlalchemy import ForeignKey
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
-
-
-class Base(DeclarativeBase):
-    pass
+from .database import Base
 
 
 class Product(Base):
     __tablename__ = "product"
 
-    id: Mapped[int] = mapped_column(primary_key=True)
-    name: Mapped[str]
-    price: Mapped[int]
+    id = Column(Integer, primary_key=True)
+    name = Column(String(50), nullable=False)
+    price = Column(Integer, nullable=False)
 
-    def __str__(self) -> str:
+    def __str__(self):
         return self.name
 
 
@@ -26,36 +22,36 @@ class GiftCard(Base):
 
     __tablename__ = "gift_card"
 
-    id: Mapped[int] = mapped_column(primary_key=True)
-    code: Mapped[str] = mapped_column(unique=True)
-    balance: Mapped[int]
+    id = Column(Integer, primary_key=True)
+    code = Column(String(50), nullable=False, unique=True)
+    balance = Column(Integer, nullable=False)
 
-    def __str__(self) -> str:
+    def __str__(self):
         return self.code
 
 
 class Order(Base):
     __tablename__ = "orders"
 
-    id: Mapped[int] = mapped_column(primary_key=True)
-    product_id: Mapped[int] = mapped_column(ForeignKey("product.id"))
-    quantity: Mapped[int]
-    address: Mapped[str]
-    total: Mapped[int]
+    id = Column(Integer, primary_key=True)
+    product_id = Column(Integer, ForeignKey("product.id"), nullable=False)
+    quantity = Column(Integer, nullable=False)
+    address = Column(String(200), nullable=False)
+    total = Column(Integer, nullable=False)
 
-    product: Mapped[Product] = relationship()
+    product = relationship("Product")
 
-    def __str__(self) -> str:
+    def __str__(self):
         return f"Order {self.id}"
 
 
 class Payment(Base):
     __tablename__ = "payment"
 
-    id: Mapped[int] = mapped_column(primary_key=True)
-    order_id: Mapped[int] = mapped_column(ForeignKey("orders.id"), unique=True)
-    card_id: Mapped[int] = mapped_column(ForeignKey("gift_card.id"))
-    amount: Mapped[int]
+    id = Column(Integer, primary_key=True)
+    order_id = Column(Integer, ForeignKey("orders.id"), nullable=False, unique=True)
+    card_id = Column(Integer, ForeignKey("gift_card.id"), nullable=False)
+    amount = Column(Integer, nullable=False)
 
-    order: Mapped[Order] = relationship()
-    card: Mapped[GiftCard] = relationship()
+    order = relationship("Order")
+    card = relationship("GiftCard")
