@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from contextlib import AsyncExitStack
 from dataclasses import replace
 
 import pytest
 from aiogram.fsm.storage.base import StorageKey
 from backends import SERVERS, Backend
 from conftest import Open, engine_of
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from hybrid_storage import SQLAlchemyStorage
 
@@ -71,24 +73,16 @@ async def test_a_lock_is_kept_while_the_application_holds_all_connections(
     isolation = storage.create_isolation(lease=LEASE)
     await storage.create_table()
     engine = engine_of(storage)
-    async with isolation.lock(key):
-        pool = engine.pool
-        if backend.is_async:
-            from sqlalchemy.ext.asyncio import AsyncEngine
-
-            connections = [AsyncEngine(engine).connect() for _ in range(2)]
-            for each in connections:
-                await each.start()
-        held = [] if backend.is_async else [engine.connect() for _ in range(2)]
-        assert getattr(pool, "checkedout")() == 2  # noqa: B009
+    async with isolation.lock(key), AsyncExitStack() as held:
+        for _ in range(2):
+            if backend.is_async:
+                await held.enter_async_context(AsyncEngine(engine).connect())
+            else:
+                held.enter_context(engine.connect())
+        assert getattr(engine.pool, "checkedout")() == 2  # noqa: B009
         ends = time.monotonic() + HELD_FOR
         while time.monotonic() < ends:
             assert isolation.still_held(key)
             await asyncio.sleep(0.1)
-        for each_held in held:
-            each_held.close()
-        if backend.is_async:
-            for each in connections:
-                await each.close()
     assert lost(caplog) == []
     await storage.run_sync(lambda session: isolation_table(storage, session))

@@ -27,13 +27,14 @@ IN_THREADS = [each for each in SERVERS if not each.is_async]
 def test_closed_event_loops_are_collected(tmp_path: Path, key: StorageKey) -> None:
     storage = SQLAlchemyStorage.from_url(f"sqlite:///{tmp_path}/fsm.db")
     asyncio.run(storage.create_table())
-    loops = []
-    for _ in range(LOOPS):
+
+    def use_a_loop() -> weakref.ref[asyncio.AbstractEventLoop]:
         loop = asyncio.new_event_loop()
-        loops.append(weakref.ref(loop))
         loop.run_until_complete(storage.get_state(key))
         loop.close()
-    del loop
+        return weakref.ref(loop)
+
+    loops = [use_a_loop() for _ in range(LOOPS)]
     threads = [each for each in threading.enumerate() if each.name.startswith("AnyIO")]
     while threads:
         threads.pop().join(PATIENCE)
