@@ -26,7 +26,7 @@ from sqlalchemy.orm import Session
 from .calls import Call
 from .cancellation import Interrupter, run_to_completion
 from .factories import registered, synchronous
-from .joined import begin_for_real
+from .joined import JoinedSession, begin_for_real
 from .runner import Context, carry, carry_to_completion
 from .slots import PARENT_WAIT, Bind, is_shared
 
@@ -114,8 +114,11 @@ class Scope:
 
     def _bind_of(self, arguments: dict[str, Any]) -> Bind:
         """Return the engine, or the connection, that the session uses for a call."""
+        session = synchronous(self.session)
         with self.context():
-            return synchronous(self.session).get_bind(**arguments)
+            if isinstance(session, JoinedSession):  # of another storage's transaction
+                return session.chosen_bind(**arguments)
+            return session.get_bind(**arguments)
 
     async def close(self) -> None:
         """End the scope, after the call that is under way: the session is the caller's again."""
