@@ -87,8 +87,8 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage, Generic[S, M]):
             :class:`FullKeyBuilder`
         :param json_dumps: makes JSON of a dict, as ``str`` or as UTF-8 ``bytes``
         :param json_loads: makes a dict of JSON, given as ``str``
-        :param limiter: limits the calls that use the database at a time; by default the number of
-            connections that the engine's pool can give. Storages may share one
+        :param limiter: limits the calls that use the database at a time; by default as many as
+            the engine's pool keeps connections (``pool_size``). Storages may share one
         :param retry_for: how many seconds to go on trying where the database drops the connection,
             restarts, is busy, or resolves a deadlock at the call's cost. 0 tries once
         :param slow_after: after how many seconds the log warns of a call that waits

@@ -1,7 +1,7 @@
 """Every statement on the table of locks. A lock is a lease: it ends when its time is over.
 
 The time is the database's, told by its clock alone: those of the processes do not matter. As in
-``_rows.py``, each operation is safe with or without a transaction around it.
+``rows.py``, each operation is safe with or without a transaction around it.
 """
 
 from __future__ import annotations
