@@ -1,19 +1,23 @@
 """An FSM storage for aiogram on SQLAlchemy, by an async or a synchronous session factory."""
 
 from ._codec import CorruptDataError
+from ._unit import LockLostError
 from .isolation import SQLAlchemyEventIsolation
 from .keys import FullKeyBuilder
 from .model import FSMData, declare_lock_table, declare_model
 from .operations import Operations
 from .storage import SQLAlchemyStorage
 from .transactions import SessionMiddleware
+from .unit_of_work import FlushMiddleware
 
 __version__ = "1.0.0"
 
 __all__ = [
     "CorruptDataError",
     "FSMData",
+    "FlushMiddleware",
     "FullKeyBuilder",
+    "LockLostError",
     "Operations",
     "SQLAlchemyEventIsolation",
     "SQLAlchemyStorage",

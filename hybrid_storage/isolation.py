@@ -1,46 +1,37 @@
 """One handler at a time per conversation, across tasks, processes and hosts.
 
-In one process those who want a key wait for each other in memory, in the order they came. The one
-whose turn it is takes a lease in the database, asking again after growing pauses while another
-process has it. One timer per process renews all leases that are held; no connection and no thread
-is held while a handler runs.
+In one process those who want a conversation wait for each other in memory, in the order they came.
+The one whose turn it is takes a lease in the database, unless the bot has one process only. Inside,
+a unit of work may collect what the handler does.
 """
 
 from __future__ import annotations
 
 import asyncio
-import operator
-import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
-from contextvars import Context
-from dataclasses import dataclass
-from functools import partial
-from typing import TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 
 import anyio
-from aiogram.fsm.storage.base import BaseEventIsolation, StorageKey
+from aiogram.dispatcher.event.bases import CancelHandler, SkipHandler
+from aiogram.fsm.storage.base import DEFAULT_DESTINY, BaseEventIsolation, StorageKey
 from anyio.lowlevel import RunVar
-from sqlalchemy import Connection
-from tenacity import AsyncRetrying, retry_if_result, wait_random_exponential
 
-from ._engine.calls import Call
+from ._codec import Codec
+from ._engine.access import Access
 from ._engine.cancellation import run_to_completion
-from ._engine.errors import in_short
-from ._engine.retries import logger, warning_if_slow, with_retries
-from ._engine.runner import Runner
-from ._engine.scopes import Scope, ScopeClosed
+from ._leases import HeldLease, HeldLeases
 from ._sql.leases import Leases
-
-T = TypeVar("T")
-
-_FIRST_PAUSE = 0.02  # seconds; the pauses between two looks at a lock grow from here
-_CHUNK = 500  # keys that one statement renews
+from ._sql.units import Units
+from ._sync_lock import held_in_this_thread
+from ._unit import UnitOfWork
+from .unit_of_work import UnitsOfWork
 
 
 class SQLAlchemyEventIsolation(BaseEventIsolation):
-    """Lets one handler at a time run for a key, whichever process got the update.
+    """Lets one handler at a time run for a conversation, whichever process got the update.
 
     Get one as ``storage.create_isolation()`` and pass it as ``Dispatcher(events_isolation=...)``.
 
@@ -48,24 +39,24 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
     its leases end by themselves and others go on. A database's own advisory locks would each
     hold a connection for as long as a handler runs, and are not there in SQLite.
 
-    Locks of different keys nest. A task that asks for a key it holds gets a ``RuntimeError``.
+    Locks of different conversations nest. A task that asks for a key it holds gets a
+    ``RuntimeError``; for another destiny of the conversation that it holds, it need not wait.
     """
 
     def __init__(
         self,
-        runner: Runner,
-        leases: Leases,
-        row_of: Callable[[StorageKey], str],
-        scope: Callable[[], Scope | None],
+        access: Access,
+        codec: Codec,
+        units_of_work: UnitsOfWork,
+        units: Units | None,
+        leases: Leases | None,
         *,
-        lease: float,
+        lease: float | None,
         poll: float,
         wait: float | None,
-        retry_for: float,
-        slow_after: float,
     ) -> None:
         """Remember what to use; see :meth:`SQLAlchemyStorage.create_isolation`."""
-        if not isinstance(runner, Runner):
+        if not isinstance(access, Access):
             raise TypeError(
                 "SQLAlchemyEventIsolation is not for you to construct: pass "
                 "events_isolation=storage.create_isolation()"
@@ -73,34 +64,46 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         for name, seconds in {"lease": lease, "poll": poll, "wait": wait}.items():
             if seconds is not None and not seconds > 0:
                 raise ValueError(f"{name} is a number of seconds above 0, not {seconds!r}")
-        self._runner = runner
+        self._access = access
+        self._row_of = codec.row
+        self._units_of_work = units_of_work
+        self._units = units
         self._leases = leases
-        self._row_of = row_of
-        self._scope = scope
         self._lease = lease
         self._poll = poll
         self._wait = wait
-        self._retry_for = retry_for
-        self._slow_after = slow_after
+        self._held: HeldLeases | None = None
+        if lease is not None and leases is not None:
+            self._held = HeldLeases(access, leases, lease=lease, poll=poll)
         self._local: RunVar[_Here] = RunVar(f"isolation-{uuid.uuid4().hex}")
+        self._current: ContextVar[_Lock | None] = ContextVar("lock", default=None)
 
     @asynccontextmanager
     async def lock(self, key: StorageKey) -> AsyncGenerator[None, None]:
-        """Hold the lock of a key.
+        """Hold the lock of a key's conversation, whatever the key's destiny.
 
-        Cancelled while it waits, it leaves nothing behind; cancelled while it is held, it frees it.
+        With ``unit_of_work=True``, what is done to the conversation inside is written at the end of
+        the block, unless that ends with an exception. Cancelled while it waits, it leaves nothing
+        behind; cancelled while it is held, it frees the lock and writes nothing.
 
         :param key: the conversation's key
         :raises TimeoutError: if the lock could not be acquired within ``wait`` seconds
-        :raises RuntimeError: if this task holds it already
+        :raises RuntimeError: if this task holds the lock of the same key already
+        :raises LockLostError: if the lock was lost, so that the unit of work could not be written
         """
-        row = self._row_of(key)
+        conversation = replace(key, destiny=DEFAULT_DESTINY)
+        outer = self._of_this_task(conversation)
+        if outer is not None:
+            with outer.nested(key):
+                yield
+            return
+        row = self._row_of(conversation)
         here = self._here()
         with here.queue(row) as turn:
             with anyio.move_on_after(self._wait) as limit:
                 await turn.acquire()
                 try:
-                    await self._take(here, row)
+                    lease = await self._take(key, row)
                 except BaseException:
                     turn.release()
                     raise
@@ -109,31 +112,99 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
                     f"could not acquire the lock for {row!r} within {self._wait:g} s: its holder "
                     "is still at work, or has died within the last lease"
                 )
+            here.held.add(row)
             try:
-                yield
+                async with self._unit(key, lease):
+                    with self._known(conversation, key):
+                        yield
             finally:
-                try:
-                    await run_to_completion(
-                        self._free(here, row, min(self._retry_for, self._lease))
-                    )
-                finally:
-                    turn.release()
+                here.held.discard(row)
+                turn.release()
+
+    def lock_sync(self, key: StorageKey) -> AbstractContextManager[None]:
+        """Hold the same lock in synchronous code, such as a view of Flask's or a Celery task::
+
+            with isolation.lock_sync(key), SessionLocal.begin() as session:
+                storage.operations.update_data(session, key, {"paid": True})
+
+        Blocks the thread while another process, or a handler of this one, holds the lock. A thread
+        renews the lease. No unit of work spans the block: commit in it.
+
+        :param key: the conversation's key
+        :raises TypeError: if the storage's sessions are asynchronous
+        :raises RuntimeError: if the isolation has no lease, or this thread holds the lock already
+        :raises TimeoutError: if the lock could not be acquired within ``wait`` seconds
+        :return: a context manager
+        """
+        if self._leases is None or self._lease is None:
+            raise RuntimeError(
+                "lock_sync() needs a lease: create_isolation(lease=None) locks handlers of this "
+                "process only, which no other thread or process sees"
+            )
+        row = self._row_of(replace(key, destiny=DEFAULT_DESTINY))
+        return held_in_this_thread(
+            self._access, self._leases, row, lease=self._lease, poll=self._poll, wait=self._wait
+        )
 
     def still_held(self, key: StorageKey) -> bool:
-        """Tell a handler whether it is still the only one for its key.
+        """Tell a handler whether it is still the only one for its conversation.
 
         It is not after a lease could not be renewed in time, because the database was away or the
         event loop blocked for longer. Costs nothing: goes by the time of the last renewal.
 
         :param key: the conversation's key
-        :return: False if this process does not hold the key, or may have lost it
+        :return: False if this process does not hold the lock, or may have lost it
         """
-        hold = self._here().holds.get(self._row_of(key))
-        return hold is not None and not hold.lost and time.monotonic() < hold.deadline
+        row = self._row_of(replace(key, destiny=DEFAULT_DESTINY))
+        return row in self._here().held if self._held is None else self._held.is_held(row)
 
     async def close(self) -> None:
         """Stop renewing if nothing is held; locks that are held go on to be renewed."""
-        self._here().rest()
+        if self._held is not None:
+            self._held.rest()
+
+    async def _take(self, key: StorageKey, row: str) -> HeldLease | None:
+        if self._held is None:
+            return None
+        return await self._held.take(row, self._wanted(key))
+
+    def _wanted(self, key: StorageKey) -> list[str]:
+        if self._units is None:
+            return []
+        return [self._row_of(key), *self._units_of_work.expected(key)]
+
+    @asynccontextmanager
+    async def _unit(self, key: StorageKey, lease: HeldLease | None) -> AsyncIterator[None]:
+        """Open a unit of work, and write it at the end; free the lease."""
+        is_done = False
+        with self._opened(key, lease) as unit:
+            try:
+                yield
+                is_done = True
+            except (SkipHandler, CancelHandler):  # decisions and no failures
+                is_done = True
+                raise
+            finally:
+                await run_to_completion(self._end(unit if is_done else None, lease))
+
+    @contextmanager
+    def _opened(self, key: StorageKey, lease: HeldLease | None) -> Iterator[UnitOfWork | None]:
+        if self._units is None:
+            yield None
+            return
+        with self._units_of_work.opened(key, self._units, lease) as unit:
+            if lease is not None and lease.taken.is_latest:
+                unit.found(self._wanted(key), lease.taken.found)
+            yield unit
+
+    async def _end(self, unit: UnitOfWork | None, lease: HeldLease | None) -> None:
+        is_freed = False
+        try:
+            if unit is not None:
+                is_freed = await unit.write(ends=True)
+        finally:
+            if self._held is not None and lease is not None:
+                await self._held.free(lease, is_freed=is_freed)
 
     def _here(self) -> _Here:
         here = self._local.get(None)
@@ -142,121 +213,65 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
             self._local.set(here)
         return here
 
-    async def _take(self, here: _Here, row: str) -> None:
-        unanswered = False
-        deadline = 0.0
+    def _of_this_task(self, conversation: StorageKey) -> _Lock | None:
+        lock = self._current.get()
+        while lock is not None and not (
+            lock.is_held and lock.conversation == conversation and lock.task is _task()
+        ):
+            lock = lock.parent
+        return lock
 
-        def acquire(connection: Connection) -> bool:
-            nonlocal unanswered, deadline
-            unanswered, deadline = True, time.monotonic() + self._lease
-            return self._leases.acquire(connection, row, here.owner, self._lease)
-
-        async def attempt() -> bool:
-            nonlocal unanswered
-            taken = await self._execute(acquire, row, self._retry_for)
-            unanswered = False
-            return taken
-
-        again = AsyncRetrying(
-            retry=retry_if_result(operator.not_),
-            wait=wait_random_exponential(multiplier=_FIRST_PAUSE, max=self._poll),
-        )
+    @contextmanager
+    def _known(self, conversation: StorageKey, key: StorageKey) -> Iterator[None]:
+        lock = _Lock(conversation, {key}, self._current.get())
+        token = self._current.set(lock)
         try:
-            await again(attempt)
-        except BaseException:
-            if unanswered:  # it may have been taken, for a caller that is gone
-                await run_to_completion(self._free(here, row, retry_for=0))
-            raise
-        here.holds[row] = _Hold(deadline)
-        # It counts from the moment of asking, and may have been long in coming.
-        self._schedule(here, deadline - 2 / 3 * self._lease - time.monotonic())
-
-    async def _free(self, here: _Here, row: str, retry_for: float) -> None:
-        here.holds.pop(row, None)
-        here.rest()
-        try:
-            await self._execute(
-                partial(self._leases.release, row=row, owner=here.owner), row, retry_for
-            )
-        except Exception as error:
-            # The update has been handled; the lease ends by itself.
-            logger.warning("could not free the lock of %r: %s", row, in_short(error))
-
-    async def _execute(self, function: Callable[[Connection], T], row: str, retry_for: float) -> T:
-        call = self._call(function, row)
-        with warning_if_slow(self._slow_after, call):
-            scope = self._scope()
-            if scope is not None and scope.holds_write_lock():  # which nobody else can take
-                with suppress(ScopeClosed):
-                    return await scope.execute(call)
-            return await with_retries(partial(self._runner.execute, call), retry_for, call)
-
-    def _call(self, function: Callable[[Connection], T], row: str) -> Call[T]:
-        arguments = {**self._runner.bind_arguments, "clause": self._leases.delete}
-        return Call(function, arguments, row, self._leases.table.fullname)
-
-    def _schedule(self, here: _Here, pause: float) -> None:
-        loop = asyncio.get_running_loop()
-        if here.timer is not None:
-            if here.timer.when() <= loop.time() + pause:
-                return
-            here.timer.cancel()
-        # In a context of its own: the timer outlives the handler that happens to set it.
-        here.timer = loop.call_later(pause, self._beat, here, context=Context())
-
-    def _beat(self, here: _Here) -> None:
-        here.timer = None
-        if here.holds:
-            here.renewal = asyncio.ensure_future(self._renew(here))
-
-    async def _renew(self, here: _Here) -> None:
-        holds = {row: hold for row, hold in here.holds.items() if not hold.lost}
-        rows = list(holds)
-        pause = self._lease / 3
-        before = time.monotonic()
-        try:
-            for start in range(0, len(rows), _CHUNK):
-                chunk = rows[start : start + _CHUNK]
-                renew = partial(self._leases.renew, rows=chunk, owner=here.owner, lease=self._lease)
-                kept = await self._runner.execute(self._call(renew, "leases"), is_heartbeat=True)
-                for row in kept:
-                    holds[row].deadline = before + self._lease
-                for row in set(chunk) - kept:
-                    here.lose(row, holds[row], "another process has taken it over")
-        except Exception as error:
-            pause = self._lease / 10
-            for row, hold in holds.items():
-                if hold.deadline < time.monotonic():
-                    here.lose(row, hold, f"it could not be renewed in time: {in_short(error)}")
+            yield
         finally:
-            if here.renewal is asyncio.current_task():
-                here.renewal = None
-            if here.holds:
-                self._schedule(here, pause)
+            lock.is_held = False
+            with suppress(ValueError):  # left in another context than entered
+                self._current.reset(token)
+
+
+def _task() -> object:
+    return asyncio.current_task()
 
 
 @dataclass
-class _Hold:
-    """A lock that a handler of this process holds."""
+class _Lock:
+    """A conversation that a task holds, known to what the task calls."""
 
-    deadline: float
-    """When it may end, by ``time.monotonic()``: not later than by the database's clock."""
-    lost: bool = False
+    conversation: StorageKey
+    keys: set[StorageKey]
+    parent: _Lock | None
+    task: object = field(default_factory=_task)
+    is_held: bool = True
+
+    @contextmanager
+    def nested(self, key: StorageKey) -> Iterator[None]:
+        """Hold another destiny of the conversation.
+
+        :raises RuntimeError: if the task would wait for itself
+        """
+        if key in self.keys:
+            raise RuntimeError(f"this task holds the lock of {key} already")
+        self.keys.add(key)
+        try:
+            yield
+        finally:
+            self.keys.discard(key)
 
 
 class _Here:
-    """What one event loop has and waits for."""
+    """What one event loop holds and waits for."""
 
     def __init__(self) -> None:
-        self.owner = uuid.uuid4().hex
-        self.holds: dict[str, _Hold] = {}
-        self.timer: asyncio.TimerHandle | None = None
-        self.renewal: asyncio.Future[None] | None = None  # kept from the garbage collector
+        self.held: set[str] = set()
         self._queues: dict[str, tuple[anyio.Lock, int]] = {}
 
     @contextmanager
     def queue(self, row: str) -> Iterator[anyio.Lock]:
-        """Give the queue for a key, which is gone when nobody uses it any more."""
+        """Give the queue for a conversation, which is gone when nobody uses it any more."""
         turn, users = self._queues.get(row) or (anyio.Lock(fast_acquire=True), 0)
         self._queues[row] = turn, users + 1
         try:
@@ -267,20 +282,3 @@ class _Here:
                 self._queues[row] = turn, users
             else:
                 del self._queues[row]
-
-    def rest(self) -> None:
-        """Renew no more if nothing is held; a timer would keep an event loop that has ended."""
-        if self.timer is not None and not self.holds:
-            self.timer.cancel()
-            self.timer = None
-
-    def lose(self, row: str, hold: _Hold, why: str) -> None:
-        """Mark a lock as lost, unless it was freed meanwhile, and say so once."""
-        if self.holds.get(row) is hold and not hold.lost:
-            hold.lost = True
-            logger.warning(
-                "the lock of %r is lost while its handler runs, so that another may run at the "
-                "same time: %s",
-                row,
-                why,
-            )

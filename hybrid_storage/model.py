@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Protocol, TypeGuard, cast
 from weakref import WeakKeyDictionary, ref
 
-from sqlalchemy import JSON, Column, Double, MetaData, String, Table
+from sqlalchemy import JSON, BigInteger, Column, Double, MetaData, String, Table
 from sqlalchemy.dialects import mysql
 from sqlalchemy.orm import (
     Mapped,
@@ -139,7 +139,7 @@ def declare_lock_table(model: type[FSMData]) -> Table:
     name = f"{beside.name}_lock"
     found = beside.metadata.tables.get(f"{beside.schema}.{name}" if beside.schema else name)
     if found is not None:
-        _check_columns(found, "id", "owner", "expires")
+        _check_columns(found, "id", "owner", "expires", "version")
         return found
     return Table(
         name,
@@ -147,6 +147,7 @@ def declare_lock_table(model: type[FSMData]) -> Table:
         Column("id", _Key, primary_key=True),
         Column("owner", String(32), nullable=False),
         Column("expires", Double, nullable=False),
+        Column("version", BigInteger, nullable=False),
         schema=beside.schema,
     )
 

@@ -24,6 +24,7 @@ from sqlalchemy.orm import Session, scoped_session
 
 from ._codec import Codec, Merge
 from ._engine.calls import Call
+from ._sql.changes import ChangedRow
 from ._sql.rows import Rows
 from .model import FSMData
 
@@ -52,24 +53,30 @@ class Calls:
     def get_state(self, key: StorageKey) -> Call[str | None]:
         """Return the call that reads a state."""
         row = self._codec.row(key)
-        return self._reading(row, partial(self._rows.get_state, row=row))
+        return self.reading(
+            row, partial(self._rows.get_state, row=row), lambda changed: changed.now.state
+        )
 
     def get_data(self, key: StorageKey) -> Call[dict[str, Any]]:
         """Return the call that reads data."""
         row = self._codec.row(key)
-        return self._reading(
-            row, lambda connection: self._codec.load(key, self._rows.get_data(connection, row))
+        return self.reading(
+            row,
+            lambda connection: self._codec.load(key, self._rows.get_data(connection, row)),
+            lambda changed: self._codec.load(key, changed.now.data),
         )
 
     def set_state(self, key: StorageKey, state: StateType) -> Call[None]:
         """Return the call that sets or removes a state."""
         row, name = self._codec.row(key), self._codec.state(state)
-        return self._writing(row, partial(self._rows.set_state, row=row, state=name))
+        function = partial(self._rows.set_state, row=row, state=name)
+        return self.writing(row, function, lambda changed: changed.set_state(name))
 
     def set_data(self, key: StorageKey, data: Mapping[str, Any]) -> Call[None]:
         """Return the call that replaces data."""
         row, text = self._codec.row(key), self._codec.dump(data)
-        return self._writing(row, partial(self._rows.set_data, row=row, data=text))
+        function = partial(self._rows.set_data, row=row, data=text)
+        return self.writing(row, function, lambda changed: changed.set_data(text))
 
     def update_data(self, key: StorageKey, data: Mapping[str, Any]) -> Call[dict[str, Any]]:
         """Return the call that changes fields of data, and returns the whole."""
@@ -83,21 +90,43 @@ class Calls:
             self._rows.update_data(connection, row, merge)
             return merge.data
 
-        return self._writing(row, update, in_transaction=self._rows.needs_transaction)
+        def update_in_unit(changed: ChangedRow) -> dict[str, Any]:
+            merge = Merge(self._codec, key, changes)
+            changed.update_data(merge)
+            return merge.data
+
+        in_transaction = self._rows.needs_transaction
+        return self.writing(row, update, update_in_unit, in_transaction=in_transaction)
 
     def clear(self, key: StorageKey) -> Call[None]:
         """Return the call that removes a row."""
         row = self._codec.row(key)
-        return self._writing(row, partial(self._rows.clear, row=row))
+        function = partial(self._rows.clear, row=row)
+        return self.writing(row, function, ChangedRow.clear)
 
-    def _reading(self, row: str, function: Callable[[Connection], T]) -> Call[T]:
-        return Call(function, self._to_read, row, self._rows.table.fullname, writes=False)
-
-    def _writing(
-        self, row: str, function: Callable[[Connection], T], *, in_transaction: bool = False
+    def reading(
+        self,
+        row: str,
+        function: Callable[[Connection], T],
+        in_unit: Callable[[ChangedRow], T] | None = None,
     ) -> Call[T]:
+        """Return a call that reads."""
         table = self._rows.table.fullname
-        return Call(function, self.to_write, row, table, in_transaction=in_transaction)
+        return Call(function, self._to_read, row, table, writes=False, in_unit=in_unit)
+
+    def writing(
+        self,
+        row: str,
+        function: Callable[[Connection], T],
+        in_unit: Callable[[ChangedRow], T] | None = None,
+        *,
+        in_transaction: bool = False,
+    ) -> Call[T]:
+        """Return a call that writes."""
+        table = self._rows.table.fullname
+        return Call(
+            function, self.to_write, row, table, in_transaction=in_transaction, in_unit=in_unit
+        )
 
 
 class Operations:

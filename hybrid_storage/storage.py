@@ -16,21 +16,24 @@ from typing_extensions import TypeVar
 
 from ._arguments import check_functions, check_seconds, checked_key_builder, renamed
 from ._codec import Codec, JsonDumps, JsonLoads
+from ._engine.access import Access
 from ._engine.calls import Call
 from ._engine.errors import is_transient
 from ._engine.factories import SessionFactory, engine_and_factory, session_factory
-from ._engine.retries import warning_if_slow, with_retries
+from ._engine.retries import with_retries
 from ._engine.runner import Runner
-from ._engine.scopes import ScopeClosed
 from ._engine.threads import run_in_thread
 from ._sql.leases import Leases
 from ._sql.rows import Rows
 from ._sql.tables import create, missing
+from ._sql.units import Units
+from ._unit import UnitClosed
 from .isolation import SQLAlchemyEventIsolation
 from .keys import FullKeyBuilder
 from .model import FSMData, HasMetaData, declare_lock_table, model_for, table_of
 from .operations import Calls, Operations
 from .transactions import S, Transactions
+from .unit_of_work import UnitsOfWork
 
 if TYPE_CHECKING:
     from ._engine.factories import AnyEngine
@@ -114,15 +117,15 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage, Generic[S, M]):
             raise TypeError(f"limiter is an anyio.CapacityLimiter, not {limiter!r}")
         builder = checked_key_builder(key_builder or FullKeyBuilder())
         codec = Codec(builder, json_dumps, json_loads, self.table.fullname)
-        self._row_of = codec.row
-        self._calls = Calls(self.model, Rows(self.table), codec)
+        self._codec = codec
+        self._rows = Rows(self.table)
+        self._calls = Calls(self.model, self._rows, codec)
         self.operations = Operations(self._calls)
-        super().__init__(
-            Runner(*session_factory(factory), self._calls.bind_arguments, limiter, context),
-            slow_after,
-            getattr(factory, "registry", None),
-        )
-        self._retry_for = retry_for
+        bind_arguments = self._calls.bind_arguments
+        runner = Runner(*session_factory(factory), bind_arguments, limiter, context)
+        access = Access(runner, retry_for, slow_after)
+        units = UnitsOfWork(access, self._calls, codec.row)
+        super().__init__(access, units, getattr(factory, "registry", None))
         self.engine: AnyEngine | None = None
         """The engine that :meth:`from_url` has made: to dispose with ``close=False`` in a process
         that has been forked. None where the factory is the application's."""
@@ -176,7 +179,7 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage, Generic[S, M]):
         """
         what = f"creating table {self.table.fullname!r}"
         try:
-            await with_retries(partial(self._with_tables, create), self._retry_for, what)
+            await with_retries(partial(self._with_tables, create), self._access.retry_for, what)
         except DBAPIError as error:
             # Another process may have created it between the look and the statement.
             if is_transient(error) or len(await self._with_tables(missing)):
@@ -194,30 +197,50 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage, Generic[S, M]):
             )
 
     def create_isolation(
-        self, *, lease: float = 30.0, poll: float = 0.5, wait: float | None = None
+        self,
+        *,
+        unit_of_work: bool = False,
+        lease: float | None = 30.0,
+        poll: float = 0.5,
+        wait: float | None = None,
     ) -> SQLAlchemyEventIsolation:
-        """Return event isolation by locks in ``<table_name>_lock``, a table to create, too.
+        """Return event isolation: one handler at a time for a conversation.
 
+        :param unit_of_work: whether to read a conversation once an update, and to write it once,
+            when the handler is over: see docs/isolation.md
         :param lease: after how many seconds the locks of a process that died end; they are renewed
-            three times as often while a handler runs
+            three times as often while a handler runs. They are in ``<table_name>_lock``, a table to
+            create, too. None locks in this process only, for bots of one process
         :param poll: the longest pause in seconds between two looks at another process's lock
         :param wait: how many seconds to wait for a lock at most; by default without limit
         :raises ValueError: if one of them is not above 0, or if the table's name is taken
         :return: what to pass as ``Dispatcher(events_isolation=...)``
         """
-        table = declare_lock_table(self.model)
-        self._tables = [self.table, table]
+        leases = None
+        if lease is not None:
+            table = declare_lock_table(self.model)
+            self._tables = [self.table, table]
+            leases = Leases(table, self.table)
         return SQLAlchemyEventIsolation(
-            self._runner,
-            Leases(table),
-            self._row_of,
-            self._scope,
+            self._access,
+            self._codec,
+            self.units,
+            Units(self._rows, leases) if unit_of_work else None,
+            leases,
             lease=lease,
             poll=poll,
             wait=wait,
-            retry_for=self._retry_for,
-            slow_after=self._slow_after,
         )
+
+    async def flush(self) -> None:
+        """Write at once what the update has collected so far, before a message goes out, say.
+
+        Without a unit of work there is nothing to write. Inside a transaction it is there for
+        others once that has committed. Cancelled, it has happened wholly or not at all.
+
+        :raises LockLostError: if the lock was lost; nothing is written
+        """
+        await self.units.write()
 
     async def close(self) -> None:
         """Dispose the engine that :meth:`from_url` made; the application's is left alone.
@@ -235,7 +258,7 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage, Generic[S, M]):
         :param key: the conversation's key
         :return: the state's name, None if there is none
         """
-        return await self._execute(self._calls.get_state(key))
+        return await self._execute(key, self._calls.get_state(key))
 
     async def set_state(self, key: StorageKey, state: StateType = None) -> None:
         """Set or remove the state of a conversation.
@@ -245,7 +268,7 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage, Generic[S, M]):
         :raises TypeError: if it is neither
         :raises ValueError: if the database cannot hold it
         """
-        await self._execute(self._calls.set_state(key, state))
+        await self._execute(key, self._calls.set_state(key, state))
 
     async def get_data(self, key: StorageKey) -> dict[str, Any]:
         """Return the data of a conversation.
@@ -254,7 +277,7 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage, Generic[S, M]):
         :raises CorruptDataError: if the row's data is not the JSON text of an object
         :return: the data, empty if there is none; the caller's to change
         """
-        return await self._execute(self._calls.get_data(key))
+        return await self._execute(key, self._calls.get_data(key))
 
     async def set_data(self, key: StorageKey, data: Mapping[str, Any]) -> None:
         """Replace the data of a conversation.
@@ -264,7 +287,7 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage, Generic[S, M]):
         :raises DataNotDictLikeError: if it is no mapping
         :raises ValueError: if the database cannot hold it; or whatever ``json_dumps`` raises
         """
-        await self._execute(self._calls.set_data(key, data))
+        await self._execute(key, self._calls.set_data(key, data))
 
     async def update_data(self, key: StorageKey, data: Mapping[str, Any]) -> dict[str, Any]:
         """Change fields of a conversation's data, losing none that others change meanwhile.
@@ -276,22 +299,21 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage, Generic[S, M]):
         :raises ValueError: if the database cannot hold it; or whatever ``json_dumps`` raises
         :return: the whole data, as stored
         """
-        return await self._execute(self._calls.update_data(key, data))
+        return await self._execute(key, self._calls.update_data(key, data))
 
     async def clear(self, key: StorageKey) -> None:
         """Remove state and data of a conversation in one statement.
 
         :param key: the conversation's key
         """
-        await self._execute(self._calls.clear(key))
+        await self._execute(key, self._calls.clear(key))
 
-    async def _execute(self, call: Call[T]) -> T:
-        with warning_if_slow(self._slow_after, call):
-            scope = self._scope()
-            if scope is not None:
-                with suppress(ScopeClosed):
-                    return await scope.execute(call)
-            return await with_retries(partial(self._runner.execute, call), self._retry_for, call)
+    async def _execute(self, key: StorageKey, call: Call[T]) -> T:
+        unit = self.units.find(key)
+        if unit is not None:
+            with suppress(UnitClosed):
+                return await unit.execute(call)
+        return await self._access.execute(call)
 
     def _with_tables(self, function: Callable[[Connection, list[Table]], T]) -> Awaitable[T]:
         return self._in_own_transaction(

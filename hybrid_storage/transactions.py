@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from contextvars import ContextVar
 from functools import partial
 from inspect import iscoroutinefunction, signature
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeAlias, cast
@@ -22,10 +21,11 @@ from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import Session, scoped_session
 from typing_extensions import TypeVar
 
+from ._engine.access import Access
 from ._engine.factories import check_bind
 from ._engine.joined import JoinedSession, open_joined
 from ._engine.retries import warning_if_slow
-from ._engine.runner import Runner, checked_out
+from ._engine.runner import checked_out
 from ._engine.scopes import Scope, ScopeClosed
 from ._engine.slots import (
     PARENT_WAIT,
@@ -36,6 +36,7 @@ from ._engine.slots import (
     transaction_slot,
 )
 from ._engine.transaction import TransactionScope
+from .unit_of_work import UnitsOfWork
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
@@ -52,17 +53,17 @@ S = TypeVar("S", bound="Session | AsyncSession", default=Any)
 class Transactions(Generic[S]):
     """The part of the storage that opens, joins and ends transactions."""
 
-    def __init__(self, runner: Runner, slow_after: float, registry: object) -> None:
+    def __init__(self, access: Access, units: UnitsOfWork, registry: object) -> None:
         """Remember what runs the calls that join nothing.
 
-        :param runner: the storage's runner
-        :param slow_after: after how many seconds to warn of a call that waits
+        :param access: how the storage's calls reach the database
+        :param units: the units of work that its tasks have open
         :param registry: the registry of a scoped session, None if the factory is not scoped
         """
-        self._runner = runner
-        self._slow_after = slow_after
+        self._access = access
+        self._runner = access.runner
+        self.units: UnitsOfWork = units
         self._registry = registry
-        self._joined: ContextVar[Scope | None] = ContextVar("joined", default=None)
 
     @asynccontextmanager
     async def transaction(self, *, allow_blocking: bool = False) -> AsyncIterator[S]:
@@ -88,10 +89,11 @@ class Transactions(Generic[S]):
         :return: a context manager that gives an ``AsyncSession`` or a ``Session``, as the factory
             makes them
         """
-        scope = self._scope()
+        scope = self._access.scope()
         if scope is not None and scope.task is asyncio.current_task():
-            async with scope.savepoint() as inner, self._joining(inner):
-                yield cast("S", inner.session)
+            with self.units.undone_on_failure():
+                async with scope.savepoint() as inner, self._joining(inner):
+                    yield cast("S", inner.session)
             return
         session, side, bind = self._open(allow_blocking=allow_blocking)
         pool = pool_state(bind)
@@ -105,9 +107,11 @@ class Transactions(Generic[S]):
                 self._registry,
                 lock_timeout=lock_timeout,
             )
-            async with self._ending(own), self._joining(own):
-                await own.begin()
-                yield cast("S", session)
+            with self.units.undone_on_failure():
+                async with self._ending(own), self._joining(own):
+                    await own.begin()
+                    yield cast("S", session)
+                    await self.units.write()
 
     @asynccontextmanager
     async def using(self, session: AnySession | AnyScopedSession) -> AsyncIterator[None]:
@@ -122,8 +126,11 @@ class Transactions(Generic[S]):
         :raises PendingRollbackError: if a call in the block was cancelled and the block went on
         """
         scope = Scope(_unscoped(session), self._runner.context, self._registry)
-        async with self._joining(scope):
-            yield
+        try:
+            async with self._joining(scope):
+                yield
+        finally:
+            self.units.forget()
         scope.raise_if_cancelled()
 
     async def run_sync(
@@ -149,12 +156,16 @@ class Transactions(Generic[S]):
         name = getattr(function, "__qualname__", repr(function))
         _check_call(function, name, args, kwargs)
         work: Callable[[Session], T] = lambda session: function(session, *args, **kwargs)  # noqa: E731
-        with warning_if_slow(self._slow_after, f"run_sync({name})"):
-            scope = self._scope()
-            if scope is not None:
-                with suppress(ScopeClosed):
-                    return await scope.run(work)
-            return await self._in_own_transaction(work)
+        scope = self._access.scope()
+        with warning_if_slow(self._access.slow_after, f"run_sync({name})"):
+            try:
+                if scope is not None:
+                    await self.units.write()  # so that the function sees it
+                    with suppress(ScopeClosed):
+                        return await scope.run(work)
+                return await self._in_own_transaction(work)
+            finally:
+                self.units.forget()  # what it may have written
 
     async def _in_own_transaction(self, function: Callable[[Session], T]) -> T:
         async def in_slot(pool: PoolState | None) -> T:
@@ -181,22 +192,15 @@ class Transactions(Generic[S]):
         check_bind(bind, runner.is_async)
         return session, side, bind
 
-    def _scope(self) -> Scope | None:
-        """Return the scope that calls join here: the innermost that is still open."""
-        scope = self._joined.get()
-        while scope is not None and not scope.is_open:
-            scope = scope.parent
-        return scope
-
     @asynccontextmanager
     async def _joining(self, scope: Scope) -> AsyncIterator[None]:
-        token = self._joined.set(scope)
+        token = self._access.joined.set(scope)
         try:
             yield
         finally:
             await scope.close()
             with suppress(ValueError):  # left in another context than entered
-                self._joined.reset(token)
+                self._access.joined.reset(token)
 
     @asynccontextmanager
     async def _ending(self, scope: TransactionScope) -> AsyncIterator[None]:

@@ -28,6 +28,8 @@ class Call(Generic[T]):
     """The table's name, for errors and the log."""
     writes: bool = True
     in_transaction: bool = False
+    in_unit: Callable[[Any], T] | None = None
+    """Does the same to the row that a unit of work has read."""
 
     def __str__(self) -> str:
         return f"{'writing' if self.writes else 'reading'} {self.row!r} in table {self.table!r}"

@@ -101,6 +101,11 @@ def is_lock_timeout(error: DBAPIError) -> bool:
     return _is_about(error, _LOCK_TIMEOUT, _BUSY_IN_SQLITE)
 
 
+def is_serialization_failure(error: DBAPIError) -> bool:
+    """Tell whether the isolation level wants the transaction to be done once more."""
+    return _sqlstate(error) == "40001"
+
+
 def is_transient(error: BaseException) -> bool:
     """Tell whether the same call may succeed a little later.
 

@@ -11,11 +11,12 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import Context
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sqlalchemy.exc import DBAPIError
 from tenacity import (
     AsyncRetrying,
+    Retrying,
     retry_if_exception,
     stop_before_delay,
     wait_random_exponential,
@@ -53,18 +54,32 @@ async def _with_retries(call: Callable[[], Awaitable[T]], seconds: float, what: 
         if left <= 0 or not is_transient(error):
             raise
         logger.warning("%s failed, trying again for %.0f s: %s", what, left, in_short(error))
-    # Pauses of up to 50 ms, 100 ms, ... 2 s, of random length: those who failed together
-    # do not come back together.
-    retrying = AsyncRetrying(
-        retry=retry_if_exception(is_transient),
-        wait=wait_random_exponential(multiplier=0.05, max=2),
-        stop=stop_before_delay(left),
-        reraise=True,
-    )
-    async for attempt in retrying:
+    async for attempt in AsyncRetrying(**_retrying(left)):
         with attempt:
             return await call()
     raise AssertionError("tenacity returns or raises")
+
+
+def with_retries_sync(call: Callable[[], T], seconds: float, what: object) -> T:
+    """Do the same in a thread of synchronous code."""
+    try:
+        return call()
+    except Exception as error:
+        if seconds <= 0 or not is_transient(error):
+            raise
+        logger.warning("%s failed, trying again for %.0f s: %s", what, seconds, in_short(error))
+    return Retrying(**_retrying(seconds))(call)
+
+
+def _retrying(seconds: float) -> dict[str, Any]:
+    # Pauses of up to 50 ms, 100 ms, ... 2 s, of random length: those who failed together
+    # do not come back together.
+    return {
+        "retry": retry_if_exception(is_transient),
+        "wait": wait_random_exponential(multiplier=0.05, max=2),
+        "stop": stop_before_delay(seconds),
+        "reraise": True,
+    }
 
 
 @contextmanager

@@ -71,6 +71,11 @@ class Scope:
         self._has_savepoint = False
         self._lock = Lock(fast_acquire=True)
 
+    @property
+    def is_borrowed(self) -> bool:
+        """Whether the session is the application's, which commits when it likes."""
+        return self._root._is_borrowed
+
     async def execute(self, call: Call[T]) -> T:
         """Run a call in the session, after the calls that came before.
 

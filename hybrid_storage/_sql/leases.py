@@ -1,33 +1,21 @@
 """Every statement on the table of locks. A lock is a lease: it ends when its time is over.
 
-The time is the database's, told by its clock alone: those of the processes do not matter. As in
-``rows.py``, each operation is safe with or without a transaction around it.
+The time is the database's, told by its clock alone: those of the processes do not matter. Each
+row has a ``version``, which taking and freeing both increase. So the statement that takes a lock
+can tell whether what it has read beside is what the former holder left, and an owner that was
+overtaken is told by owner and version. A free row stays until :meth:`Leases.purge`.
+
+As in ``rows.py``, each operation is safe with or without a transaction around it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import (
-    ColumnElement,
-    Connection,
-    Delete,
-    Dialect,
-    Double,
-    Executable,
-    Table,
-    Update,
-    bindparam,
-    cast,
-    delete,
-    extract,
-    func,
-    literal_column,
-    or_,
-    select,
-    update,
-)
+import sqlalchemy as sa
+from sqlalchemy import Connection, Dialect, Table
 from sqlalchemy.dialects.mysql import insert as mysql_insert
 from sqlalchemy.dialects.mysql.base import MySQLDialect
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
@@ -35,106 +23,244 @@ from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 
+from .changes import Texts
 from .results import executed
-from .upsert import telling
+
+NOBODY = ""  # the owner of a free lock
+
+
+@dataclass(frozen=True)
+class Fence:
+    """A lease that was taken: what is written behind it is written only while it is held."""
+
+    row: str
+    owner: str
+    version: int
+    lease: float
+    """In seconds."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The answer to a lease that was asked for and taken."""
+
+    version: int
+    is_latest: bool
+    """Whether ``found`` is what the former holder has left. If not, read again."""
+    found: dict[str, Texts]
 
 
 class Leases:
     """Takes, renews and frees leases, for an owner, in seconds."""
 
-    def __init__(self, table: Table) -> None:
-        """Build the statements that are the same on every database."""
-        self.table: Table = table
-        self._dialects: dict[type[Dialect], _Dialect] = {}
-        mine = table.c.owner == bindparam("_owner")
-        these = table.c.id.in_(bindparam("_rows", expanding=True))
-        self._select_owner = select(table.c.owner).where(table.c.id == bindparam("_row"))
-        self._select_mine = select(table.c.id).where(these, mine)
-        self.delete: Delete = delete(table).where(table.c.id == bindparam("_row"), mine)
-        self.renew_mine: Update = update(table).where(these, mine)
+    def __init__(self, table: Table, beside: Table) -> None:
+        """Build the statements that are the same on every database.
 
-    def acquire(self, connection: Connection, row: str, owner: str, lease: float) -> bool:
-        """Take a lease unless another owner has it and its time is not over."""
+        :param table: the table of locks
+        :param beside: the table of conversations, which is read along
+        """
+        self.table: Table = table
+        self._beside = beside
+        self._dialects: dict[type[Dialect], _Dialect] = {}
+        columns = table.c
+        self._owner_of = sa.select(columns.owner, columns.version).where(
+            columns.id == sa.bindparam("_row")
+        )
+        mine = columns.owner == sa.bindparam("_owner")
+        self.mine = sa.and_(columns.id.in_(sa.bindparam("_rows", expanding=True)), mine)
+        self.select_mine = sa.select(columns.id).where(self.mine)
+        self.this = sa.and_(columns.id == sa.bindparam("_row"), mine)
+        self.update = sa.update(table)
+
+    def acquire(
+        self, connection: Connection, row: str, owner: str, lease: float, wanted: Sequence[str]
+    ) -> Taken | None:
+        """Take a lease unless another owner has it and its time is not over.
+
+        :param wanted: the ids of the conversations' rows to read beside
+        """
         dialect = self._dialect(connection)
-        parameters = {"_row": row, "_owner": owner, "_lease": lease}
-        result = executed(connection, dialect.acquire, parameters)
-        if dialect.tells:
-            return result.found()
-        found = executed(connection, self._select_owner, {"_row": row})
-        return bool(found.scalar() == owner)
+        parameters: dict[str, Any] = {"_row": row, "_owner": owner, "_lease": lease}
+        if dialect.acquire_and_read is not None:
+            parameters["_wanted"] = list(wanted)
+            rows = executed(connection, dialect.acquire_and_read, parameters).rows or ()
+            version, seen = rows[0][:2]
+        else:
+            executed(connection, dialect.acquire, parameters)
+            parameters = {"_row": row, "_wanted": list(wanted)}
+            rows = executed(connection, dialect.read, parameters).rows or ()
+            # Read after the upsert has locked the row, or not taken.
+            version, seen = (rows[0][0], rows[0][0] - 1) if rows[0][1] == owner else (None, 0)
+        if version is None:
+            return None
+        found = {each[-3]: Texts(*each[-2:]) for each in rows if each[-3] is not None}
+        return Taken(version, version == (seen or 0) + 1, found)
 
     def renew(
         self, connection: Connection, rows: Sequence[str], owner: str, lease: float
     ) -> set[str]:
-        """Begin the time of an owner's leases anew."""
-        parameters = {"_rows": rows, "_owner": owner, "_lease": lease}
-        renewed = executed(connection, self._dialect(connection).renew, parameters)
-        if renewed.changed == len(rows):
-            return set(rows)
-        found = executed(connection, self._select_mine, {"_rows": rows, "_owner": owner})
+        """Begin the time of an owner's leases anew, but for those that a transaction has locked.
+
+        :return: those that the owner has still, be they renewed or locked
+        """
+        dialect = self._dialect(connection)
+        parameters = {"_rows": list(rows), "_owner": owner, "_lease": lease}
+        free = list(rows)
+        if dialect.select_unlocked is not None:
+            found = executed(connection, dialect.select_unlocked, parameters)
+            free = [row for (row,) in found.rows or ()]
+        if free:
+            renewed = executed(connection, dialect.renew, {**parameters, "_rows": free})
+            if renewed.changed == len(rows):
+                return set(rows)
+        found = executed(connection, self.select_mine, parameters)
         return {row for (row,) in found.rows or ()}
 
     def release(self, connection: Connection, row: str, owner: str) -> None:
         """Free a lease, if it is the owner's still."""
-        executed(connection, self.delete, {"_row": row, "_owner": owner})
+        executed(connection, self._dialect(connection).release, {"_row": row, "_owner": owner})
+
+    def holds(self, connection: Connection, fence: Fence, *, frees: bool) -> bool:
+        """Renew or free a lease if it is held still, and lock its row until the commit."""
+        dialect = self._dialect(connection)
+        statement = dialect.free_fenced if frees else dialect.renew_fenced
+        parameters = {"_row": fence.row, "_owner": fence.owner, "_version": fence.version}
+        return executed(connection, statement, {**parameters, "_lease": fence.lease}).found()
+
+    def look(self, connection: Connection, row: str) -> tuple[str, int]:
+        """Return owner and version of a lock, nobody and 0 if it has no row."""
+        for owner, version in executed(connection, self._owner_of, {"_row": row}).rows or ():
+            return owner, version
+        return NOBODY, 0
+
+    def purge(self, connection: Connection, age: float, limit: int) -> int:
+        """Delete some rows whose time has been over for long.
+
+        :param age: for how many seconds; longer than a statement can hang, or one that took the
+            lock before might take what it has read for the latest
+        :param limit: how many rows at most
+        :return: how many there were
+        """
+        dialect = self._dialect(connection)
+        parameters = {"_age": age, "_limit": limit}
+        rows = [row for (row,) in executed(connection, dialect.select_old, parameters).rows or ()]
+        if rows:
+            executed(connection, dialect.delete_old, {"_rows": rows, "_age": age})
+        return len(rows)
 
     def _dialect(self, connection: Connection) -> _Dialect:
         kind = type(connection.dialect)
         dialect = self._dialects.get(kind)
         if dialect is None:
-            dialect = self._dialects[kind] = _Dialect(self, self.table, connection.dialect)
+            dialect = self._dialects[kind] = _Dialect(self, self._beside, connection.dialect)
         return dialect
 
 
 class _Dialect:
     """What differs from one kind of database to another."""
 
-    def __init__(self, leases: Leases, table: Table, dialect: Dialect) -> None:
-        now = _now(dialect)
-        expires = now + bindparam("_lease", type_=Double)
+    def __init__(self, leases: Leases, beside: Table, dialect: Dialect) -> None:
+        table = leases.table
+        columns = table.c
+        clock = now(dialect)
         values: dict[str, Any] = {
-            "id": bindparam("_row"),
-            "owner": bindparam("_owner"),
-            "expires": expires,
+            "id": sa.bindparam("_row"),
+            "owner": sa.bindparam("_owner"),
+            "expires": clock + sa.bindparam("_lease", type_=sa.Double),
+            "version": sa.literal_column("1", sa.BigInteger),
         }
         # The owner may acquire its own lease again: a retry after a lost response must succeed.
-        free = or_(table.c.expires < now, table.c.owner == bindparam("_owner"))
-        self.tells = not isinstance(dialect, MySQLDialect)
-        self.acquire: Executable
+        free = sa.or_(columns.expires <= clock, columns.owner == sa.bindparam("_owner"))
+        self.acquire: sa.Executable
+        self.acquire_and_read: sa.Executable | None = None
         if isinstance(dialect, MySQLDialect):
             new = mysql_insert(table).values(values)
             owner, end = new.inserted.owner, new.inserted.expires
-            # Assigned in this order: the second goes by what the first has decided.
+            # Assigned in this order: the last goes by what the second has decided.
             self.acquire = new.on_duplicate_key_update(
                 [
-                    ("owner", func.if_(free, owner, table.c.owner)),
-                    ("expires", func.if_(table.c.owner == owner, end, table.c.expires)),
+                    ("version", sa.func.if_(free, columns.version + 1, columns.version)),
+                    ("owner", sa.func.if_(free, owner, columns.owner)),
+                    ("expires", sa.func.if_(columns.owner == owner, end, columns.expires)),
                 ]
             )
         else:
             native = postgresql_insert if isinstance(dialect, PGDialect) else sqlite_insert
             row = native(table).values(values)
-            upsert = row.on_conflict_do_update(
+            self.acquire = row.on_conflict_do_update(
                 index_elements=["id"],
-                set_={"owner": row.excluded.owner, "expires": row.excluded.expires},
+                set_={
+                    "owner": row.excluded.owner,
+                    "expires": row.excluded.expires,
+                    "version": columns.version + 1,
+                },
                 where=free,
             )
-            self.acquire = telling(upsert, table, dialect)
-        self.renew = leases.renew_mine.values(expires=expires)
+            if isinstance(dialect, PGDialect):
+                self.acquire_and_read = _acquire_and_read(self.acquire, table, beside)
+        wanted = beside.c.id.in_(sa.bindparam("_wanted", expanding=True))
+        self.read = (
+            sa.select(columns.version, columns.owner, beside.c.id, beside.c.state, beside.c.data)
+            .select_from(table.outerjoin(beside, wanted))
+            .where(columns.id == sa.bindparam("_row"))
+        )
+        # Renewal never waits for a row. One that a transaction of this process has locked, after a
+        # write behind the fence, would hold up the renewal of all others.
+        unlocked = leases.select_mine.with_for_update(skip_locked=True)
+        self.select_unlocked = unlocked if _skips_locked(dialect) else None
+        mine = leases.mine
+        if isinstance(dialect, PGDialect):
+            mine = columns.id.in_(sa.select(unlocked.cte("unlocked").c.id))
+        this_version = sa.and_(leases.this, columns.version == sa.bindparam("_version"))
+        freed = {"owner": NOBODY, "expires": clock, "version": columns.version + 1}
+        self.renew = leases.update.where(mine).values(expires=values["expires"])
+        self.renew_fenced = leases.update.where(this_version).values(expires=values["expires"])
+        self.release = leases.update.where(leases.this).values(freed)
+        self.free_fenced = leases.update.where(this_version).values(freed)
+        is_old = columns.expires < clock - sa.bindparam("_age", type_=sa.Double)
+        self.select_old = sa.select(columns.id).where(is_old).limit(sa.bindparam("_limit"))
+        self.delete_old = sa.delete(table).where(
+            columns.id.in_(sa.bindparam("_rows", expanding=True)), is_old
+        )
 
 
-def _now(dialect: Dialect) -> ColumnElement[Any]:
+def _acquire_and_read(upsert: Any, locks: Table, beside: Table) -> sa.Executable:
+    """Return PostgreSQL's one statement: what it reads is older than the lock, so compare.
+
+    The reads see the database as it was when the statement began, the upsert sees the latest row.
+    """
+    taken = upsert.returning(locks.c.version).cte("taken")
+    seen = sa.select(locks.c.version).where(locks.c.id == sa.bindparam("_row"))
+    wanted = beside.c.id == sa.any_(sa.bindparam("_wanted", type_=sa.ARRAY(sa.Text)))
+    one = sa.select(sa.literal_column("1").label("one")).subquery("one")
+    return sa.select(
+        sa.select(taken.c.version).scalar_subquery(),
+        seen.scalar_subquery(),
+        beside.c.id,
+        beside.c.state,
+        beside.c.data,
+    ).select_from(one.outerjoin(beside, wanted))
+
+
+def _skips_locked(dialect: Dialect) -> bool:
+    if not isinstance(dialect, MySQLDialect):
+        return False
+    since = (10, 6) if dialect.is_mariadb else (8, 0, 1)
+    return (dialect.server_version_info or ()) >= since
+
+
+def now(dialect: Dialect) -> sa.ColumnElement[Any]:
     """Return the database's clock, in seconds since 1970, whatever its time zone."""
     if isinstance(dialect, PGDialect):
         # Not now(), which stands still in a transaction.
-        return cast(extract("epoch", func.clock_timestamp()), Double)
+        return sa.cast(sa.extract("epoch", sa.func.clock_timestamp()), sa.Double)
     if isinstance(dialect, MySQLDialect):
-        now = func.utc_timestamp(literal_column("6"))
-        since = func.timestampdiff(literal_column("MICROSECOND"), "1970-01-01", now, type_=Double)
-        return since / 1e6
+        time = sa.func.utc_timestamp(sa.literal_column("6"))
+        unit: Any = sa.literal_column("MICROSECOND")
+        return sa.func.timestampdiff(unit, "1970-01-01", time, type_=sa.Double) / 1e6
     if isinstance(dialect, SQLiteDialect):
-        return (func.julianday("now", type_=Double) - 2440587.5) * 86400.0
+        return (sa.func.julianday("now", type_=sa.Double) - 2440587.5) * 86400.0
     raise NotImplementedError(
         f"event isolation knows the clocks of PostgreSQL, MySQL, MariaDB and SQLite, not that of "
-        f"{dialect.name}"
+        f"{dialect.name}: for a bot of one process, create_isolation(lease=None) needs none"
     )

@@ -20,6 +20,11 @@ class Result(NamedTuple):
         """Return the first column of the first row, None if there is no row."""
         return self.rows[0][0] if self.rows else None
 
+    def first(self) -> Sequence[Any]:
+        """Return the first row, which there must be."""
+        assert self.rows
+        return self.rows[0]
+
     def found(self) -> bool:
         """Tell whether there was a row to read or to change."""
         return self.changed > 0 if self.rows is None else bool(self.rows)

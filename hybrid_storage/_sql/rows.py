@@ -46,7 +46,7 @@ class Rows:
         self.table: Table = table
         self.needs_transaction: bool = isinstance(table.c.data.type, TypeDecorator)
         """Whether :meth:`update_data` holds a lock from its read to its write."""
-        self._keeps_time = any(each.onupdate is not None for each in table.columns)
+        self.keeps_time: bool = any(each.onupdate is not None for each in table.columns)
         self._dialects: dict[type[Dialect], _Dialect] = {}
         this_row = table.c.id == bindparam("_row")
         self._select_state = select(table.c.state).where(this_row)
@@ -112,7 +112,7 @@ class Rows:
             new = merge(old)
             # What is there already was stored by this call (MySQL does not tell) or by its equal.
             # But the time of the last write moves, if the table keeps it.
-            if new == old and (written or not self._keeps_time):
+            if new == old and (written or not self.keeps_time):
                 return
             written = True
             if self._compare_and_set(connection, row, old, new):
@@ -139,6 +139,13 @@ class Rows:
                 return
             if dialect.data.set_if_empty(connection, row, new):
                 return
+
+    def check(self, connection: Connection, row: str, *texts: str | None) -> None:
+        """Refuse a key and texts that the database would not take, or not keep as they are.
+
+        :raises ValueError: if the database cannot hold one of them, or all are too much at once
+        """
+        self._dialect(connection).limits.check(connection, row, *texts)
 
     def _read(self, connection: Connection, statement: Executable, row: str) -> str | None:
         self._dialect(connection).limits.check_text(row)

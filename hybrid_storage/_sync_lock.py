@@ -1,0 +1,92 @@
+"""The lock of a conversation for synchronous code: the same lease, renewed by a thread.
+
+For ``isolation.py``.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TypeVar
+
+from sqlalchemy import Connection
+
+from ._engine.access import Access
+from ._engine.calls import Call
+from ._engine.errors import in_short
+from ._engine.retries import logger, with_retries_sync
+from ._leases import FIRST_PAUSE
+from ._sql.leases import Leases
+
+T = TypeVar("T")
+
+_held = threading.local()
+
+
+@contextmanager
+def held_in_this_thread(
+    access: Access, leases: Leases, row: str, *, lease: float, poll: float, wait: float | None
+) -> Iterator[None]:
+    """Hold a lease; see :meth:`SQLAlchemyEventIsolation.lock_sync`."""
+    mine: set[tuple[int, str]] = _held.__dict__.setdefault("rows", set())
+    this = id(leases.table), row
+    if this in mine:
+        raise RuntimeError(f"this thread holds the lock of {row!r} already")
+    owner = uuid.uuid4().hex  # of this block's own, so that threads exclude each other, too
+    arguments = {**access.runner.bind_arguments, "clause": leases.update}
+
+    def execute(function: Callable[[Connection], T], seconds: float) -> T:
+        call = Call(function, arguments, row, leases.table.fullname)
+        return with_retries_sync(partial(access.runner.execute_sync, call), seconds, call)
+
+    acquire = partial(leases.acquire, row=row, owner=owner, lease=lease, wanted=())
+    release = partial(leases.release, row=row, owner=owner)
+    ends = threading.Event()
+
+    def renew() -> None:
+        renew = partial(leases.renew, rows=[row], owner=owner, lease=lease)
+        while not ends.wait(lease / 3):
+            try:
+                if row not in execute(renew, lease / 3) and not ends.is_set():
+                    logger.warning("the lock of %r is lost: another process has it", row)
+                    return
+            except Exception as error:
+                logger.warning("could not renew the lock of %r: %s", row, in_short(error))
+
+    began, pause = time.monotonic(), FIRST_PAUSE
+    try:
+        while not execute(acquire, access.retry_for):
+            if wait is not None and time.monotonic() - began > wait:
+                raise TimeoutError(
+                    f"could not acquire the lock for {row!r} within {wait:g} s: its holder is "
+                    "still at work, or has died within the last lease"
+                )
+            time.sleep(random.uniform(0, pause))
+            pause = min(2 * pause, poll)
+    except BaseException:
+        _release(
+            partial(execute, seconds=0), release, row
+        )  # it may have been taken, and the answer lost
+        raise
+    mine.add(this)
+    heartbeat = threading.Thread(target=renew, name=f"renews {row}", daemon=True)
+    heartbeat.start()
+    try:
+        yield
+    finally:
+        mine.discard(this)
+        ends.set()
+        heartbeat.join()
+        _release(partial(execute, seconds=min(access.retry_for, lease)), release, row)
+
+
+def _release(execute: Callable[..., None], release: Callable[[Connection], None], row: str) -> None:
+    try:
+        execute(release)
+    except Exception as error:
+        logger.warning("could not free the lock of %r: %s", row, in_short(error))

@@ -1,0 +1,217 @@
+"""What one update has read of its conversation, and what it is about to write.
+
+For ``unit_of_work.py`` and ``isolation.py``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+from aiogram.fsm.storage.base import StorageKey
+from anyio import Lock
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.orm.exc import StaleDataError
+
+from ._engine.access import Access
+from ._engine.calls import Call
+from ._engine.errors import is_serialization_failure
+from ._leases import HeldLease
+from ._sql.changes import ChangedRow, Texts
+from ._sql.leases import NOBODY
+from ._sql.units import Outcome, Units
+from .operations import Calls
+
+T = TypeVar("T")
+
+_ATTEMPTS = 1000  # of one write, on top of what others have written meanwhile
+
+
+class LockLostError(RuntimeError):
+    """The lock of a conversation was lost while its handler ran, so nothing was written.
+
+    Another process may have dealt with an update of the same conversation meanwhile.
+    """
+
+    __module__ = "hybrid_storage"
+
+
+class UnitClosed(Exception):
+    """The update is over. The call has not begun."""
+
+
+class UnitOfWork:
+    """What one update has read of its conversation, and what it is about to write."""
+
+    def __init__(
+        self,
+        access: Access,
+        calls: Calls,
+        units: Units,
+        conversation: StorageKey,
+        hold: HeldLease | None,
+        parent: UnitOfWork | None,
+    ) -> None:
+        """Begin with nothing read.
+
+        :param conversation: its key, without a destiny
+        :param hold: the lease behind which to write, None where there is none
+        :param parent: the unit of another conversation, of the same update
+        """
+        self.conversation = conversation
+        self.parent = parent
+        self.task = asyncio.current_task()
+        self.is_open = True
+        self.rows: dict[str, ChangedRow] = {}
+        self.expected: Sequence[str] = ()
+        """The ids of the rows to read along with the first."""
+        self._access = access
+        self._calls = calls
+        self._units = units
+        self._hold = hold
+        self._lock = Lock(fast_acquire=True)
+
+    async def execute(self, call: Call[T]) -> T:
+        """Carry out a call on what has been read, reading it first if need be.
+
+        :raises UnitClosed: if the update has ended meanwhile
+        """
+        # The owner of a session that was lent commits when it likes: nothing is kept back from it.
+        scope = self._access.scope()
+        is_borrowed = scope is not None and scope.is_borrowed
+        if is_borrowed:
+            self.forget()
+        while True:
+            if call.row not in self.rows:
+                await self._read(call.row)
+            async with self._lock:
+                if not self.is_open or call.in_unit is None:
+                    raise UnitClosed
+                row = self.rows.get(call.row)
+                if row is not None:  # not forgotten meanwhile
+                    result = call.in_unit(row)
+                    break
+        if is_borrowed and call.writes:
+            await self.write()
+        return result
+
+    def found(self, wanted: Sequence[str], found: dict[str, Texts]) -> None:
+        """Take what has been read of some rows, unless they have been read before."""
+        for row in wanted:
+            self.rows.setdefault(row, ChangedRow(row, found.get(row)))
+
+    def forget(self) -> None:
+        """Read anew what has not been changed: others may have written to it."""
+        self.rows = {id: row for id, row in self.rows.items() if row.is_changed}
+
+    async def write(self, *, ends: bool = False) -> bool:
+        """Write what has been collected, in the transaction that this task has joined, if any.
+
+        :param ends: whether the update is over, so that its lease is freed along
+        :raises LockLostError: if the lease is not held any more; nothing is written
+        :return: whether anything was to be written, and the lease freed
+        """
+        async with self._lock:
+            self.is_open = not ends
+            keeps_time = self._units.keeps_time
+            rows = self.rows.values()
+            changes = [row for row in rows if row.is_to_be_written(keeps_time=keeps_time)]
+            if not changes:
+                return False
+            if self._access.scope() is not None:
+                work = self._work(self._units.write, changes, ends, nests=True)
+                outcome = await self._access.execute(self._writing(work))
+            else:
+                outcome = await self._write_apart(changes, ends)
+            if outcome is Outcome.LOST:
+                raise _lost(changes[0].row, "nothing of what its handler has done is written")
+            for change in changes:
+                change.written()
+        return True
+
+    async def _read(self, row: str) -> None:
+        wanted = [row, *(each for each in self.expected if each not in self.rows and each != row)]
+        read = self._calls.reading(row, partial(self._units.read, rows=wanted))
+        self.found(wanted, await self._access.execute(read))
+
+    async def _write_apart(self, changes: Sequence[ChangedRow], ends: bool) -> Outcome:
+        at_once = self._writing(
+            self._work(self._units.write_at_once, changes, ends),
+            in_transaction=not self._units.fits_one_statement,
+        )
+        on_top = self._writing(self._work(self._units.write, changes, ends))
+        is_unsure = False
+
+        async def attempt() -> Outcome:
+            nonlocal is_unsure
+            if is_unsure and ends and self._hold is not None:
+                answer = await self._lost_answer(self._hold)
+                if answer is not None:
+                    return answer
+            is_unsure = True
+            call = at_once
+            for _ in range(_ATTEMPTS):
+                try:
+                    outcome = await self._access.runner.execute(call)
+                except IntegrityError:
+                    if not await self._reread(changes):
+                        raise
+                    outcome = Outcome.CONFLICT
+                except DBAPIError as error:
+                    if not is_serialization_failure(error):
+                        raise
+                    outcome = Outcome.CONFLICT
+                if outcome is not Outcome.CONFLICT:
+                    return outcome
+                call = on_top
+            raise StaleDataError(
+                f"the rows of {self.conversation} changed under each of {_ATTEMPTS} attempts to "
+                "write them: write to this conversation less often"
+            )
+
+        return await self._access.attempt_apart(at_once, attempt)
+
+    async def _reread(self, changes: Sequence[ChangedRow]) -> bool:
+        """Read all rows anew, and tell whether one is not as it was."""
+        rows = [change.row for change in changes]
+        read = self._calls.reading(rows[0], partial(self._units.read, rows=rows))
+        found = await self._access.runner.execute(read)
+        others = [change for change in changes if found.get(change.row) != change.found]
+        for change in others:
+            change.rebase(found.get(change.row))
+        return bool(others)
+
+    async def _lost_answer(self, hold: HeldLease) -> Outcome | None:
+        """Tell what has become of a write whose answer was lost, None if it was not carried out."""
+        fence = hold.fence
+        look = self._calls.reading(fence.row, partial(self._units.look, row=fence.row))
+        owner, version = await self._access.runner.execute(look)
+        if (owner, version) == (fence.owner, fence.version):
+            return None
+        if (owner, version) == (NOBODY, fence.version + 1):
+            return Outcome.WRITTEN
+        if version == fence.version + 1:  # taken over from us, who had not freed it
+            return Outcome.LOST
+        if time.monotonic() < hold.deadline:  # before that nobody can take it unless it was freed
+            return Outcome.WRITTEN
+        raise _lost(fence.row, "what its handler has done may have been written or not")
+
+    def _work(
+        self, write: Callable[..., Outcome], changes: Sequence[ChangedRow], ends: bool, **more: bool
+    ) -> Callable[[Any], Outcome]:
+        fence = None if self._hold is None else self._hold.fence
+        return partial(write, changes=changes, fence=fence, frees=ends, **more)
+
+    def _writing(self, work: Callable[[Any], T], *, in_transaction: bool = True) -> Call[T]:
+        row = next(iter(self.rows))
+        return self._calls.writing(row, work, in_transaction=in_transaction)
+
+
+def _lost(row: str, what: str) -> LockLostError:
+    return LockLostError(
+        f"the lock of {row!r} was lost while its handler ran, since it could not be renewed within "
+        f"its lease: {what}"
+    )

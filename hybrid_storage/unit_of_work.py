@@ -1,0 +1,197 @@
+"""One update, one read and one write: what a handler does to its conversation is collected.
+
+A unit of work spans what an update's lock spans. Rows are read once, together with the lock where
+that is in the database. What the handler writes is kept until it is over, and then written in one
+statement, behind the check that the lock is still held. Entered by ``isolation.py``; ``storage.py``
+asks it before the database.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from aiogram import Bot
+from aiogram.client.session.middlewares.base import (
+    BaseRequestMiddleware,
+    NextRequestMiddlewareType,
+)
+from aiogram.fsm.storage.base import DEFAULT_DESTINY, StorageKey
+from aiogram.methods import Response, TelegramMethod
+from aiogram.methods.base import TelegramType
+
+from ._engine.access import Access
+from ._engine.retries import logger
+from ._leases import HeldLease
+from ._sql.units import Units
+from ._unit import UnitOfWork
+from .operations import Calls
+
+if TYPE_CHECKING:
+    from .transactions import Transactions
+
+_CONVERSATIONS = 10_000  # of which it is remembered what their last update has read
+_DESTINIES = 16  # that one update is expected to read
+
+
+class UnitsOfWork:
+    """The units that the tasks of a storage have open."""
+
+    def __init__(self, access: Access, calls: Calls, row_of: Callable[[StorageKey], str]) -> None:
+        """Remember what to use; see :class:`UnitOfWork`."""
+        self._access = access
+        self._calls = calls
+        self._row_of = row_of
+        self._current: ContextVar[UnitOfWork | None] = ContextVar("unit_of_work", default=None)
+        self._habits = _Habits()
+
+    def expected(self, key: StorageKey) -> list[str]:
+        """Return the ids of the rows that an update of a conversation is likely to read."""
+        destinies = self._habits.of(_conversation(key))
+        return [self._row_of(replace(key, destiny=destiny)) for destiny in destinies]
+
+    @contextmanager
+    def opened(self, key: StorageKey, units: Units, hold: HeldLease | None) -> Iterator[UnitOfWork]:
+        """Have the calls of this task, and of those it starts, go to a new unit.
+
+        :param key: the key that was locked
+        :param units: the statements
+        :param hold: the lease behind which to write, None where there is none
+        """
+        parent = self._current.get()
+        if parent is not None and not (parent.is_open and parent.task is asyncio.current_task()):
+            parent = None  # of another update, which has started this one
+        conversation = _conversation(key)
+        unit = UnitOfWork(self._access, self._calls, units, conversation, hold, parent)
+        unit.expected = self.expected(key)
+        token = self._current.set(unit)
+        try:
+            yield unit
+        finally:
+            unit.is_open = False
+            with suppress(ValueError):  # left in another context than entered
+                self._current.reset(token)
+
+    def find(self, key: StorageKey) -> UnitOfWork | None:
+        """Return the unit that calls for a key go to here."""
+        unit = self._current.get()
+        if unit is None:
+            return None
+        scope = self._access.scope()
+        conversation = _conversation(key)
+        while unit is not None and not (unit.is_open and unit.conversation == conversation):
+            unit = unit.parent
+        # A transaction of another task than the update's has no part in the unit.
+        if unit is None or (scope is not None and scope.task is not unit.task):
+            return None
+        if key.destiny != DEFAULT_DESTINY:
+            self._habits.add(conversation, key.destiny)
+        return unit
+
+    async def write(self) -> bool:
+        """Write what this task has collected so far, in all its conversations.
+
+        :return: whether anything was written in a transaction, and so is not there for others yet
+        """
+        written = [await unit.write() for unit in self._of_this_task()]
+        return any(written) and self._access.scope() is not None
+
+    def forget(self) -> None:
+        """Read anew what this task has not changed."""
+        for unit in self._of_this_task():
+            unit.forget()
+
+    @contextmanager
+    def undone_on_failure(self) -> Iterator[None]:
+        """Take back what the block has collected, and what it has written, if it fails."""
+        before = [
+            (unit, {id: row.copy() for id, row in unit.rows.items()})
+            for unit in self._of_this_task()
+        ]
+        try:
+            yield
+        except BaseException:
+            for unit, rows in before:
+                unit.rows = rows
+            raise
+
+    def _of_this_task(self) -> Iterator[UnitOfWork]:
+        unit = self._current.get()
+        while unit is not None:
+            if unit.is_open and unit.task is asyncio.current_task():
+                yield unit
+            unit = unit.parent
+
+
+class _Habits:
+    """Which destinies an update of a conversation reads: those that the last one did.
+
+    Scenes read the history, dialogs the stack and the current context. Read along with the first
+    row, they take no round trip of their own. Names are kept, never what the rows hold.
+    """
+
+    def __init__(self) -> None:
+        self._of: OrderedDict[StorageKey, dict[str, None]] = OrderedDict()
+
+    def of(self, conversation: StorageKey) -> list[str]:
+        return list(self._of.get(conversation, ()))
+
+    def add(self, conversation: StorageKey, destiny: str) -> None:
+        destinies = self._of.setdefault(conversation, {})
+        self._of.move_to_end(conversation)
+        destinies.pop(destiny, None)
+        destinies[destiny] = None  # the last one
+        if len(destinies) > _DESTINIES:
+            del destinies[next(iter(destinies))]
+        if len(self._of) > _CONVERSATIONS:
+            self._of.popitem(last=False)
+
+
+class FlushMiddleware(BaseRequestMiddleware):
+    """Writes what the update has collected before each request to the Bot API::
+
+        bot.session.middleware(FlushMiddleware(storage))
+
+    So no user receives a message whose state is not in the database, even if the process is killed
+    right afterwards. It costs a round trip for each request before which something was collected,
+    and what is written then stays if the handler fails later.
+    """
+
+    def __init__(self, storage: Transactions[Any]) -> None:
+        """Remember what to flush.
+
+        :param storage: the storage of the dispatcher
+        """
+        self._units = storage.units
+        self._has_warned = False
+
+    async def __call__(
+        self,
+        make_request: NextRequestMiddlewareType[TelegramType],
+        bot: Bot,
+        method: TelegramMethod[TelegramType],
+    ) -> Response[TelegramType]:
+        """Flush, then make the request.
+
+        :param make_request: what comes after this middleware
+        :param bot: the bot
+        :param method: the request
+        :raises LockLostError: if the lock was lost; the request is not made
+        :return: the answer
+        """
+        if await self._units.write() and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "a request to the Bot API is made inside a transaction: what was flushed before it "
+                "is there for others, and safe, only once the transaction has committed"
+            )
+        return await make_request(bot, method)
+
+
+def _conversation(key: StorageKey) -> StorageKey:
+    return key if key.destiny == DEFAULT_DESTINY else replace(key, destiny=DEFAULT_DESTINY)
