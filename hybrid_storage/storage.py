@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, cast
 
 from aiogram.fsm.storage.base import BaseStorage, KeyBuilder, StateType, StorageKey
 from anyio import CapacityLimiter
-from sqlalchemy import URL, Connection, Engine, MetaData, Table
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import URL, Engine, MetaData, Table
 from typing_extensions import TypeVar
 
 from ._arguments import check_functions, check_seconds, checked_key_builder, renamed
 from ._codec import Codec, JsonDumps, JsonLoads
 from ._engine.access import Access
 from ._engine.calls import Call
-from ._engine.errors import is_transient
 from ._engine.factories import SessionFactory, engine_and_factory, session_factory
-from ._engine.retries import with_retries
 from ._engine.runner import Runner
 from ._engine.threads import run_in_thread
 from ._sql.leases import Leases
 from ._sql.rows import Rows
-from ._sql.tables import create, missing
 from ._sql.units import Units
 from ._unit import UnitClosed
 from .isolation import SQLAlchemyEventIsolation
 from .keys import FullKeyBuilder
 from .model import FSMData, HasMetaData, declare_lock_table, model_for, table_of
 from .operations import Calls, Operations
-from .transactions import S, Transactions
+from .tables import Tables
+from .transactions import S
 from .unit_of_work import UnitsOfWork
 
 if TYPE_CHECKING:
@@ -45,7 +41,7 @@ RETRY_FOR = 30.0  # seconds: a server's restart, a short failover
 SLOW_AFTER = 10.0  # seconds
 
 
-class SQLAlchemyStorage(Transactions[S], BaseStorage, Generic[S, M]):
+class SQLAlchemyStorage(Tables[S], BaseStorage, Generic[S, M]):
     """Keeps states and data of aiogram's FSM in a table, one row a conversation.
 
     Every method may be called by any number of tasks, threads and processes at once. A call that is
@@ -110,7 +106,6 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage, Generic[S, M]):
         self.model = cast("type[M]", model_for(renamed("metadata", metadata, "base", base), name))
         self.table = table_of(self.model)
         self.metadata = self.table.metadata
-        self._tables = [self.table]
         check_functions(json_dumps=json_dumps, json_loads=json_loads, context=context)
         check_seconds(retry_for=retry_for, slow_after=slow_after)
         if limiter is not None and not isinstance(limiter, CapacityLimiter):
@@ -126,6 +121,7 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage, Generic[S, M]):
         access = Access(runner, retry_for, slow_after)
         units = UnitsOfWork(access, self._calls, codec.row)
         super().__init__(access, units, getattr(factory, "registry", None))
+        self._tables = [self.table]
         self.engine: AnyEngine | None = None
         """The engine that :meth:`from_url` has made: to dispose with ``close=False`` in a process
         that has been forked. None where the factory is the application's."""
@@ -171,30 +167,6 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage, Generic[S, M]):
         )
         storage.engine = engine
         return storage
-
-    async def create_table(self) -> None:
-        """Create the table unless it is there, with that of event isolation where it is used.
-
-        Several processes may do so at once. Fit for ``dp.startup.register(storage.create_table)``.
-        """
-        what = f"creating table {self.table.fullname!r}"
-        try:
-            await with_retries(partial(self._with_tables, create), self._access.retry_for, what)
-        except DBAPIError as error:
-            # Another process may have created it between the look and the statement.
-            if is_transient(error) or len(await self._with_tables(missing)):
-                raise
-
-    async def check_table(self) -> None:
-        """Refuse to start without the table. Fit for ``dp.startup.register(storage.check_table)``.
-
-        :raises RuntimeError: if it is missing, or that of event isolation where it is used
-        """
-        for name in await self._with_tables(missing):
-            raise RuntimeError(
-                f"table {name!r} is missing: create it with `await storage.create_table()`, "
-                "`metadata.create_all(engine)` or a migration"
-            )
 
     def create_isolation(
         self,
@@ -314,8 +286,3 @@ class SQLAlchemyStorage(Transactions[S], BaseStorage, Generic[S, M]):
             with suppress(UnitClosed):
                 return await unit.execute(call)
         return await self._access.execute(call)
-
-    def _with_tables(self, function: Callable[[Connection, list[Table]], T]) -> Awaitable[T]:
-        return self._in_own_transaction(
-            lambda session: function(session.connection(self._calls.to_write), self._tables)
-        )

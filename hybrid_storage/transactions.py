@@ -60,7 +60,7 @@ class Transactions(Generic[S]):
         :param units: the units of work that its tasks have open
         :param registry: the registry of a scoped session, None if the factory is not scoped
         """
-        self._access = access
+        self._access: Access = access
         self._runner = access.runner
         self.units: UnitsOfWork = units
         self._registry = registry

@@ -18,3 +18,14 @@ def missing(connection: Connection, tables: list[Table]) -> list[str]:
         for table in tables
         if not inspector.has_table(table.name, schema=table.schema)
     ]
+
+
+def lacking(connection: Connection, tables: list[Table]) -> list[tuple[str, list[str]]]:
+    """Return the tables of locks that lack columns, with the names of these."""
+    inspector = inspect(connection)
+    found = []
+    for table in tables[1:]:
+        there = {each["name"] for each in inspector.get_columns(table.name, schema=table.schema)}
+        if names := sorted({column.name for column in table.columns} - there):
+            found.append((table.fullname, names))
+    return found
