@@ -193,10 +193,11 @@ class UnitOfWork:
             return None
         if (owner, version) == (NOBODY, fence.version + 1):
             return Outcome.WRITTEN
-        if version == fence.version + 1:  # taken over from us, who had not freed it
+        # Taken over from us, who had not freed it; or not even taken, after a crash of the server.
+        if 0 < version <= fence.version + 1:
             return Outcome.LOST
         if time.monotonic() < hold.deadline:  # before that nobody can take it unless it was freed
-            return Outcome.WRITTEN
+            return Outcome.WRITTEN if version else Outcome.LOST
         raise _lost(fence.row, "what its handler has done may have been written or not")
 
     def _work(
