@@ -1,11 +1,16 @@
-"""A bot with a synchronous factory and isolation, whose handler is at work until the end.
+"""Bots with a synchronous factory and isolation, whose handlers are at work until the end.
 
-``python exit_worker.py URL polling|webhook API`` says ``at work`` once the handler runs.
+A line ``URL TABLE polling|PORT API`` on the standard input starts a bot. It says ``PID at work``
+once its handler runs; ``PID ended STATUS`` is said of it afterwards. Bots are forked, because the
+imports take longer than all the rest; each ends as any Python program does.
 """
 
 from __future__ import annotations
 
 import asyncio
+import faulthandler
+import os
+import signal
 import sys
 
 from aiogram import Bot, Dispatcher
@@ -22,17 +27,21 @@ from sqlalchemy.orm import sessionmaker
 from hybrid_storage import SQLAlchemyStorage
 
 
+def say(what: str, pid: int | None = None) -> None:
+    sys.stdout.write(f"{pid or os.getpid()} {what}\n")
+    sys.stdout.flush()
+
+
 async def work(message: Message, state: FSMContext) -> None:
     await state.set_state("at work")
-    sys.stdout.write("at work\n")
-    sys.stdout.flush()
+    say("at work")
     for number in range(10_000):
         await state.update_data(number=number)
         await asyncio.sleep(0.001)
 
 
-def dispatcher(url: str) -> Dispatcher:
-    storage = SQLAlchemyStorage(sessionmaker(create_engine(url)), table_name="exit_fsm")
+def dispatcher(url: str, table: str) -> Dispatcher:
+    storage = SQLAlchemyStorage(sessionmaker(create_engine(url)), table_name=table)
     dp = Dispatcher(storage=storage, events_isolation=storage.create_isolation())
     dp.startup.register(storage.create_table)
     dp.message.register(work)
@@ -43,8 +52,9 @@ async def poll(dp: Dispatcher, bot: Bot) -> None:
     await dp.start_polling(bot)
 
 
-def main(url: str, mode: str, api: str) -> None:
-    dp = dispatcher(url)
+def main(url: str, table: str, mode: str, api: str) -> None:
+    faulthandler.register(signal.SIGUSR1)  # tells where a bot is that does not end
+    dp = dispatcher(url, table)
     if mode == "polling":
 
         async def run() -> None:
@@ -61,4 +71,9 @@ def main(url: str, mode: str, api: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for line in sys.stdin:
+        bot = os.fork()
+        if not bot:
+            main(*line.split())
+            break
+        say(f"ended {os.waitstatus_to_exitcode(os.waitpid(bot, 0)[1])}", bot)
