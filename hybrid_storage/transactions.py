@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session, scoped_session
 from typing_extensions import TypeVar
 
 from ._engine.access import Access
-from ._engine.factories import check_bind
+from ._engine.factories import Registry, check_bind
 from ._engine.joined import JoinedSession, open_joined
 from ._engine.retries import warning_if_slow
 from ._engine.runner import checked_out
@@ -63,7 +63,7 @@ class Transactions(Generic[S]):
         self._access: Access = access
         self._runner = access.runner
         self.units: UnitsOfWork = units
-        self._registry = registry
+        self._registry = None if registry is None else Registry(registry)
 
     @asynccontextmanager
     async def transaction(self, *, allow_blocking: bool = False) -> AsyncIterator[S]:

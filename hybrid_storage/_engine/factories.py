@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, cast
@@ -89,32 +90,72 @@ def engine_and_factory(url: str | URL, options: dict[str, Any]) -> tuple[AnyEngi
     return async_engine, async_sessionmaker(async_engine)
 
 
-@contextmanager
-def registered(registry: Any, session: AnySession) -> Iterator[None]:
-    """Make a session the one that the application's scoped session gives here.
+class Registry:
+    """The registry of the application's scoped session, in which a call's session stands."""
 
-    :raises RuntimeError: if the registry cannot tell where it is
-    """
-    if registry is None:
-        yield
-        return
-    try:
-        former = registry() if registry.has() else None
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"the scoped session cannot be used in run_sync(): {error}. With Flask, say "
-            "SQLAlchemyStorage(db.session, db.Model, context=app.app_context)"
-        ) from error
-    registry.set(session)
-    try:
-        yield
-    finally:
-        if registry.has() and (left := registry()) is not session:
-            synchronous(left).close()  # opened after the function had removed the other
-        if former is None:
-            registry.clear()
-        else:
-            registry.set(former)
+    def __init__(self, registry: Any) -> None:
+        """Give the registry a creation function that knows the sessions of calls.
+
+        Legacy functions end with ``Session.remove()``. The registry then creates anew, and what
+        follows must not be in a session outside the transaction.
+
+        :param registry: a ``ScopedRegistry`` of SQLAlchemy's
+        """
+        self._registry = registry
+        made = registry.createfunc
+        if not isinstance(made, _CreateFunction):  # of another storage's, on the same registry
+            # A registry of threads has no function that tells where it is.
+            made = _CreateFunction(made, getattr(registry, "scopefunc", threading.get_ident))
+            registry.createfunc = made
+        self._create: _CreateFunction = made
+
+    @contextmanager
+    def standing_for(self, session: AnySession) -> Iterator[None]:
+        """Make a session the one that the application's scoped session gives here.
+
+        :raises RuntimeError: if the registry cannot tell where it is, or if the function put
+            another session in its place
+        """
+        registry, create = self._registry, self._create
+        try:
+            former = registry() if registry.has() else None
+            scope = create.scope()
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the scoped session cannot be used in run_sync(): {error}. With Flask, say "
+                "SQLAlchemyStorage(db.session, db.Model, context=app.app_context)"
+            ) from error
+        create.sessions[scope] = session
+        registry.set(session)
+        try:
+            yield
+            if registry.has() and registry() is not session:
+                raise RuntimeError(
+                    "the function gave the scoped session another session, which is not part of "
+                    "the transaction: after remove(), don't call the scoped session with arguments"
+                )
+        finally:
+            if registry.has() and (left := registry()) is not session:
+                synchronous(left).close()
+            create.sessions.pop(scope, None)
+            if former is None:
+                registry.clear()
+            else:
+                registry.set(former)
+
+
+class _CreateFunction:
+    """Creates a registry's sessions; in a scope where a call's session stands, gives that."""
+
+    def __init__(self, create: Callable[[], AnySession], scope: Callable[[], Any]) -> None:
+        self.scope = scope
+        self.sessions: dict[Any, AnySession] = {}
+        self._create = create
+
+    def __call__(self) -> AnySession:
+        # The scope is the key that the registry would use for what it creates.
+        session = self.sessions.get(self.scope())
+        return self._create() if session is None else session
 
 
 def synchronous(session: AnySession) -> Session:

@@ -144,6 +144,18 @@ class JoinedSession(Session):
         else:
             super().close()
 
+    def reset(self) -> None:
+        """Do what :meth:`close` does."""
+        if self.joined.would_block():
+            self.expunge_all()
+        else:
+            super().reset()
+
+    def invalidate(self) -> None:
+        """Close the connections: the transaction cannot go on. Not in the event loop's thread."""
+        self.joined.refuse()
+        super().invalidate()
+
     def commit(self) -> None:
         """Release the session's savepoint, unless that would block the event loop."""
         self.joined.refuse()
@@ -169,6 +181,8 @@ def open_joined(
     options: dict[str, Any] = {}
     if is_one:
         options = {"join_transaction_mode": "create_savepoint", "twophase": False}
+    if "close_resets_only" in settings:  # for a function that goes on after remove()
+        options["close_resets_only"] = True
     session: AnySession
     if is_async:
         base = settings.get("sync_session_class") or factory.class_.sync_session_class

@@ -25,7 +25,7 @@ from sqlalchemy.orm import Session
 
 from .calls import Call
 from .cancellation import Interrupter, run_to_completion
-from .factories import registered, synchronous
+from .factories import Registry, synchronous
 from .joined import JoinedSession, begin_for_real
 from .runner import Context, carry, carry_to_completion
 from .slots import PARENT_WAIT, Bind, is_shared
@@ -56,7 +56,7 @@ class Scope:
         self,
         session: AnySession,
         context: Context = nullcontext,
-        registry: object = None,
+        registry: Registry | None = None,
         parent: Scope | None = None,
     ) -> None:
         """Remember the session."""
@@ -98,7 +98,7 @@ class Scope:
         def in_session(session: Session, interrupter: Interrupter) -> T:
             connection = self._root._own_connection(session)
             with (
-                registered(self.registry, self.session),
+                nullcontext() if self.registry is None else self.registry.standing_for(self.session),
                 interrupter.reaching(connection) if connection is not None else nullcontext(),
             ):
                 return function(session)

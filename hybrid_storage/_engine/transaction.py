@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 
 from .cancellation import Interrupter
 from .errors import is_lock_timeout
+from .factories import Registry
 from .joined import JoinedSession, lock_timeout
 from .runner import Connect, Context, carry_to_completion, connected
 from .scopes import Scope
@@ -35,7 +36,7 @@ class TransactionScope(Scope):
         side: JoinedSession,
         bind: Bind,
         context: Context,
-        registry: object,
+        registry: Registry | None,
         *,
         connect: Connect = connected,
         lock_timeout: float | None = None,
