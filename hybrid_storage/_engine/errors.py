@@ -23,6 +23,8 @@ _MISSING_TABLE_IN_SQLITE = re.compile(r"no such table")
 _MISSING_COLUMN_IN_SQLITE = re.compile(r"no such column|table .* has no column")
 
 _LOCK_TIMEOUT: _Codes = frozenset({"55P03", 1205})
+_NO_SAVEPOINT: _Codes = frozenset({"3B001", "25P01", 1305})  # 1305: also for a function
+_NO_SAVEPOINT_IN_SQLITE = re.compile(r"no such savepoint")
 
 # A pooler sent the statement to a server that has not prepared it, or that has already.
 _MISPLACED_STATEMENT = {"26000", "42P05"}
@@ -104,6 +106,13 @@ def is_lock_timeout(error: DBAPIError) -> bool:
 def is_serialization_failure(error: DBAPIError) -> bool:
     """Tell whether the isolation level wants the transaction to be done once more."""
     return _sqlstate(error) == "40001"
+
+
+def is_missing_savepoint(error: DBAPIError) -> bool:
+    """Tell whether a savepoint has gone, so that the transaction around it has ended."""
+    return "SAVEPOINT" in (error.statement or "") and _is_about(
+        error, _NO_SAVEPOINT, _NO_SAVEPOINT_IN_SQLITE
+    )
 
 
 def is_transient(error: BaseException) -> bool:

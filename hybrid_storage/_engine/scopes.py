@@ -9,11 +9,13 @@ For ``transactions.py``.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import (
     asynccontextmanager,
+    contextmanager,
     nullcontext,
 )
+from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
     from .factories import AnySession
 
 T = TypeVar("T")
+
+# The scope that a function of the application's is using, in its context and its tasks'.
+_occupied: ContextVar[Scope | None] = ContextVar("occupied", default=None)
 
 
 class ScopeClosed(Exception):
@@ -69,6 +74,7 @@ class Scope:
         self._root: Scope = self if parent is None else parent._root
         self._was_cancelled = False
         self._has_savepoint = False
+        self._is_occupied = False
         self._lock = Lock(fast_acquire=True)
 
     @property
@@ -96,14 +102,26 @@ class Scope:
         """Call a function of the application's with the session, as :meth:`execute` does a call."""
 
         def in_session(session: Session, interrupter: Interrupter) -> T:
-            connection = self._root._own_connection(session)
+            registry, connection = self.registry, self._root._own_connection(session)
             with (
-                nullcontext() if self.registry is None else self.registry.standing_for(self.session),
+                self._root._occupied(),
+                registry.standing_for(self.session) if registry is not None else nullcontext(),
                 interrupter.reaching(connection) if connection is not None else nullcontext(),
             ):
                 return function(session)
 
         return await self._carry(in_session, None)
+
+    @contextmanager
+    def _occupied(self) -> Iterator[None]:
+        # Known to the tasks that the function starts, through their context.
+        token = _occupied.set(self)
+        self._is_occupied = True
+        try:
+            yield
+        finally:
+            self._is_occupied = False
+            _occupied.reset(token)
 
     def _own_connection(self, session: Session) -> Connection | None:
         """Return the connection that the session has for as long as the scope is open.
@@ -194,6 +212,11 @@ class Scope:
 
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
+        if self._root._is_occupied and _occupied.get() is self._root:
+            raise RuntimeError(
+                "a function that run_sync() has called awaits the storage, whose turn comes after "
+                "that function: call storage.operations with its session, or await afterwards"
+            )
         had_savepoint = self._has_savepoint
         while True:
             with move_on_after(PARENT_WAIT) as limit:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from .cancellation import Interrupter
-from .errors import is_lock_timeout
+from .errors import is_lock_timeout, is_missing_savepoint
 from .factories import Registry
 from .joined import JoinedSession, lock_timeout
 from .runner import Connect, Context, carry_to_completion, connected
@@ -23,6 +23,13 @@ if TYPE_CHECKING:
     from .factories import AnySession
 
 T = TypeVar("T")
+
+_ENDED_BELOW = (
+    "the transaction has ended before its block: MariaDB and MySQL commit it where a statement "
+    "defines something (CREATE, ALTER, DROP, TRUNCATE), and what came before stays; a deadlock "
+    "rolls it back; a COMMIT or ROLLBACK sent as text ends it, too. Create tables outside of "
+    "transaction()"
+)
 
 
 class TransactionScope(Scope):
@@ -74,7 +81,7 @@ class TransactionScope(Scope):
 
     def _end(self, session: Session, *, commits: bool) -> None:
         self.is_open = False
-        with exclusive(self._bind), self.context(), self._undone_already():
+        with exclusive(self._bind), self.context(), self._undone_already(), self._explained():
             committed = False
             try:
                 if commits:
@@ -88,14 +95,20 @@ class TransactionScope(Scope):
                     self._side.joined.end(commits=committed)
 
     def _in_order(self, work: Callable[[Session, Interrupter], T], interrupter: Interrupter) -> T:
-        with exclusive(self._bind):
-            try:
-                self._begin()
-                return super()._in_order(work, interrupter)
-            except DBAPIError as error:
-                if self._lock_timeout is not None and is_lock_timeout(error):
-                    error.add_detail(WAITS_FOR_PARENT.format(self._lock_timeout))
-                raise
+        with exclusive(self._bind), self._explained():
+            self._begin()
+            return super()._in_order(work, interrupter)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except DBAPIError as error:
+            if self._lock_timeout is not None and is_lock_timeout(error):
+                error.add_detail(WAITS_FOR_PARENT.format(self._lock_timeout))
+            elif is_missing_savepoint(error):
+                error.add_detail(_ENDED_BELOW)
+            raise
 
     def _own_connection(self, session: Session) -> Connection | None:
         return self._connection
@@ -116,7 +129,7 @@ class TransactionScope(Scope):
         return suppress(DBAPIError) if self._was_cancelled else nullcontext()
 
     def _end_savepoint(self, commits: bool, session: Session) -> None:
-        with exclusive(self._bind), self.context(), self._undone_already():
+        with exclusive(self._bind), self.context(), self._undone_already(), self._explained():
             if commits:
                 _release(session)
             else:
