@@ -4,11 +4,10 @@ from ._codec import CorruptDataError
 from ._unit import LockLostError
 from .isolation import SQLAlchemyEventIsolation
 from .keys import FullKeyBuilder
+from .middlewares import FlushMiddleware, SessionMiddleware
 from .model import FSMData, declare_lock_table, declare_model
 from .operations import Operations
 from .storage import SQLAlchemyStorage
-from .transactions import SessionMiddleware
-from .unit_of_work import FlushMiddleware
 
 __version__ = "1.0.0"
 

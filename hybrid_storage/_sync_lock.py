@@ -19,7 +19,9 @@ from sqlalchemy import Connection
 from ._engine.access import Access
 from ._engine.calls import Call
 from ._engine.errors import in_short
+from ._engine.factories import synchronous
 from ._engine.retries import logger, with_retries_sync
+from ._engine.runner import Runner
 from ._leases import FIRST_PAUSE
 from ._sql.leases import Leases
 
@@ -42,7 +44,7 @@ def held_in_this_thread(
 
     def execute(function: Callable[[Connection], T], seconds: float) -> T:
         call = Call(function, arguments, row, leases.table.fullname)
-        return with_retries_sync(partial(access.runner.execute_sync, call), seconds, call)
+        return with_retries_sync(partial(_run, access.runner, call), seconds, call)
 
     acquire = partial(leases.acquire, row=row, owner=owner, lease=lease, wanted=())
     release = partial(leases.release, row=row, owner=owner)
@@ -83,6 +85,17 @@ def held_in_this_thread(
         ends.set()
         heartbeat.join()
         _release(partial(execute, seconds=min(access.retry_for, lease)), release, row)
+
+
+def _run(runner: Runner, call: Call[T]) -> T:
+    if runner.is_async:
+        raise TypeError(
+            "synchronous code needs a storage with a synchronous sessionmaker: this one has an "
+            "async_sessionmaker"
+        )
+    session, _ = runner.open(call.bind_arguments)
+    with runner.context(), synchronous(session) as own, own.begin():
+        return call.run(own.connection(dict(call.bind_arguments)))
 
 
 def _release(execute: Callable[..., None], release: Callable[[Connection], None], row: str) -> None:

@@ -8,16 +8,12 @@ rows are committed together or not at all.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from inspect import iscoroutinefunction, signature
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeAlias, cast
 
-from aiogram import BaseMiddleware
-from aiogram.dispatcher.event.bases import CancelHandler, SkipHandler
-from aiogram.types import TelegramObject
-from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import Session, scoped_session
 from typing_extensions import TypeVar
 
@@ -224,72 +220,6 @@ def _check_call(
                 "run_sync() passes the session first; for a function that takes none, write "
                 "run_sync(lambda session: function())"
             ) from error
-
-
-class _EndedSession:
-    """Stands where the session was, for error handlers, which run when its transaction is over."""
-
-    def __getattr__(self, name: str) -> Any:
-        raise InvalidRequestError(
-            f"session.{name}: the update's transaction has been rolled back, for a handler raised. "
-            "In an error handler, open your own: async with storage.transaction() as session"
-        )
-
-
-class SessionMiddleware(BaseMiddleware):
-    """Opens :meth:`SQLAlchemyStorage.transaction` around what comes after it::
-
-        dp.update.outer_middleware(SessionMiddleware(storage))
-
-    Handlers get the session by name; their ``FSMContext`` joins its transaction. It commits when
-    the update has been dealt with, also if no handler took it, or if one raised ``SkipHandler`` or
-    ``CancelHandler``, which are decisions and no failures. Any other exception rolls back and goes
-    on to aiogram's error handlers, which then run outside the transaction.
-    """
-
-    def __init__(
-        self, storage: Transactions[Any], name: str = "session", *, allow_blocking: bool = False
-    ) -> None:
-        """Remember where to open transactions.
-
-        :param storage: the storage of the dispatcher, a :class:`SQLAlchemyStorage`
-        :param name: the name by which handlers get the session
-        :param allow_blocking: as of :meth:`SQLAlchemyStorage.transaction`
-        :raises TypeError: if the storage is not of this package
-        """
-        if not isinstance(storage, Transactions):
-            raise TypeError(f"SessionMiddleware() takes a SQLAlchemyStorage, not {storage!r}")
-        self._storage = storage
-        self._name = name
-        self._allow_blocking = allow_blocking
-
-    async def __call__(
-        self,
-        handler: Callable[[TelegramObject, dict[str, Any]], Awaitable[Any]],
-        event: TelegramObject,
-        data: dict[str, Any],
-    ) -> Any:
-        """Deal with an update in a transaction.
-
-        :param handler: what comes after this middleware
-        :param event: the update, or the part of it that the middleware is registered for
-        :param data: the handlers' arguments
-        :return: what the handler returns
-        """
-        others: dict[str, Any] = {name: data[name] for name in (self._name,) if name in data}
-        async with self._storage.transaction(allow_blocking=self._allow_blocking) as session:
-            data[self._name] = session
-            try:
-                return await handler(event, data)
-            except (SkipHandler, CancelHandler) as error:
-                decision = error
-            except BaseException:
-                others.setdefault(self._name, _EndedSession())
-                raise
-            finally:
-                data.pop(self._name, None)
-                data.update(others)
-        raise decision
 
 
 def _unscoped(session: AnySession | AnyScopedSession) -> AnySession:

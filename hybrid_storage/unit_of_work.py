@@ -14,26 +14,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
 
-from aiogram import Bot
-from aiogram.client.session.middlewares.base import (
-    BaseRequestMiddleware,
-    NextRequestMiddlewareType,
-)
 from aiogram.fsm.storage.base import DEFAULT_DESTINY, StorageKey
-from aiogram.methods import Response, TelegramMethod
-from aiogram.methods.base import TelegramType
 
 from ._engine.access import Access
-from ._engine.retries import logger
 from ._leases import HeldLease
 from ._sql.units import Units
 from ._unit import UnitOfWork
 from .operations import Calls
-
-if TYPE_CHECKING:
-    from .transactions import Transactions
 
 _CONVERSATIONS = 10_000  # of which it is remembered what their last update has read
 _DESTINIES = 16  # that one update is expected to read
@@ -110,7 +98,7 @@ class UnitsOfWork:
     def undone_on_failure(self) -> Iterator[None]:
         """Take back what the block has collected, and what it has written, if it fails."""
         before = [
-            (unit, {id: row.copy() for id, row in unit.rows.items()})
+            (unit, {id: row.copied() for id, row in unit.rows.items()})
             for unit in self._of_this_task()
         ]
         try:
@@ -150,47 +138,6 @@ class _Habits:
             del destinies[next(iter(destinies))]
         if len(self._of) > _CONVERSATIONS:
             self._of.popitem(last=False)
-
-
-class FlushMiddleware(BaseRequestMiddleware):
-    """Writes what the update has collected before each request to the Bot API::
-
-        bot.session.middleware(FlushMiddleware(storage))
-
-    So no user receives a message whose state is not in the database, even if the process is killed
-    right afterwards. It costs a round trip for each request before which something was collected,
-    and what is written then stays if the handler fails later.
-    """
-
-    def __init__(self, storage: Transactions[Any]) -> None:
-        """Remember what to flush.
-
-        :param storage: the storage of the dispatcher
-        """
-        self._units = storage.units
-        self._has_warned = False
-
-    async def __call__(
-        self,
-        make_request: NextRequestMiddlewareType[TelegramType],
-        bot: Bot,
-        method: TelegramMethod[TelegramType],
-    ) -> Response[TelegramType]:
-        """Flush, then make the request.
-
-        :param make_request: what comes after this middleware
-        :param bot: the bot
-        :param method: the request
-        :raises LockLostError: if the lock was lost; the request is not made
-        :return: the answer
-        """
-        if await self._units.write() and not self._has_warned:
-            self._has_warned = True
-            logger.warning(
-                "a request to the Bot API is made inside a transaction: what was flushed before it "
-                "is there for others, and safe, only once the transaction has committed"
-            )
-        return await make_request(bot, method)
 
 
 def _conversation(key: StorageKey) -> StorageKey:

@@ -119,20 +119,6 @@ class Runner:
                 _behind_poolers.add(bind.engine)
             raise
 
-    def execute_sync(self, call: Call[T]) -> T:
-        """Run a call in a session of its own, in this thread.
-
-        :raises TypeError: if the sessions are asynchronous
-        """
-        if self.is_async:
-            raise TypeError(
-                "synchronous code needs a storage with a synchronous sessionmaker: this one has an "
-                "async_sessionmaker"
-            )
-        session, _ = self.open(call.bind_arguments)
-        with self.context(), synchronous(session) as own, own.begin():
-            return call.run(own.connection(dict(call.bind_arguments)))
-
     async def in_slot(
         self, bind: Bind, writes: bool, work: Callable[[PoolState | None], Awaitable[T]]
     ) -> T:

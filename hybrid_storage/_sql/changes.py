@@ -6,6 +6,7 @@ For ``units.py`` and ``unit_of_work.py``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from typing import NamedTuple, TypeAlias
 
 Change: TypeAlias = Callable[[str | None], str]
@@ -44,11 +45,11 @@ class ChangedRow:
         self._has_state = False
         self._data: list[Change] = []
 
-    def copy(self) -> ChangedRow:
+    def copied(self) -> ChangedRow:
         """Return a copy, to come back to."""
-        copy = ChangedRow(self.row, self.found)
-        copy.now, copy._has_state, copy._data = self.now, self._has_state, list(self._data)
-        return copy
+        other = copy(self)
+        self._data = list(self._data)
+        return other
 
     def set_state(self, state: str | None) -> None:
         """Set the state, or remove it."""
