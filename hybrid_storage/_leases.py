@@ -46,6 +46,8 @@ class HeldLease:
     """When it may end, by ``time.monotonic()``: not later than by the database's clock."""
     taken: Taken
     is_lost: bool = False
+    is_ending: bool = False
+    """Whether its handler is over, so that it may be freed at any moment."""
 
 
 class HeldLeases:
@@ -218,7 +220,7 @@ class _Here:
     def lose(self, hold: HeldLease, why: str) -> None:
         """Mark a lock as lost, unless it was freed meanwhile, and say so once."""
         row = hold.fence.row
-        if self.holds.get(row) is hold and not hold.is_lost:
+        if self.holds.get(row) is hold and not (hold.is_lost or hold.is_ending):
             hold.is_lost = True
             logger.warning(
                 "the lock of %r is lost while its handler runs, so that another may run at the "

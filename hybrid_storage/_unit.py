@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -73,6 +73,7 @@ class UnitOfWork:
         self._units = units
         self._hold = hold
         self._lock = Lock(fast_acquire=True)
+        self._is_fenced = False  # by a transaction that may be open
 
     async def execute(self, call: Call[T]) -> T:
         """Carry out a call on what has been read, reading it first if need be.
@@ -98,10 +99,10 @@ class UnitOfWork:
             await self.write()
         return result
 
-    def found(self, wanted: Sequence[str], found: dict[str, Texts]) -> None:
+    def found(self, rows: Mapping[str, Texts | None]) -> None:
         """Take what has been read of some rows, unless they have been read before."""
-        for row in wanted:
-            self.rows.setdefault(row, ChangedRow(row, found.get(row)))
+        for row, texts in rows.items():
+            self.rows.setdefault(row, ChangedRow(row, texts))
 
     def forget(self) -> None:
         """Read anew what has not been changed: others may have written to it."""
@@ -119,15 +120,19 @@ class UnitOfWork:
             keeps_time = self._units.keeps_time
             rows = self.rows.values()
             changes = [row for row in rows if row.is_to_be_written(keeps_time=keeps_time)]
-            if not changes:
+            scope = self._access.scope()
+            # A transaction that has written behind the fence goes on holding up those who want the
+            # lock. At its end they find it renewed.
+            if not changes and (scope is None or not self._is_fenced):
                 return False
-            if self._access.scope() is not None:
+            if scope is not None:
+                self._is_fenced = self._hold is not None
                 work = self._work(self._units.write, changes, ends, nests=True)
                 outcome = await self._access.execute(self._writing(work))
             else:
                 outcome = await self._write_apart(changes, ends)
             if outcome is Outcome.LOST:
-                raise _lost(changes[0].row, "nothing of what its handler has done is written")
+                raise _lost(self._row, "nothing of what its handler has done is written")
             for change in changes:
                 change.written()
         return True
@@ -135,7 +140,7 @@ class UnitOfWork:
     async def _read(self, row: str) -> None:
         wanted = [row, *(each for each in self.expected if each not in self.rows and each != row)]
         read = self._calls.reading(row, partial(self._units.read, rows=wanted))
-        self.found(wanted, await self._access.execute(read))
+        self.found(await self._access.execute(read))
 
     async def _write_apart(self, changes: Sequence[ChangedRow], ends: bool) -> Outcome:
         at_once = self._writing(
@@ -179,9 +184,9 @@ class UnitOfWork:
         rows = [change.row for change in changes]
         read = self._calls.reading(rows[0], partial(self._units.read, rows=rows))
         found = await self._access.runner.execute(read)
-        others = [change for change in changes if found.get(change.row) != change.found]
+        others = [change for change in changes if found[change.row] != change.found]
         for change in others:
-            change.rebase(found.get(change.row))
+            change.rebase(found[change.row])
         return bool(others)
 
     async def _lost_answer(self, hold: HeldLease) -> Outcome | None:
@@ -207,8 +212,11 @@ class UnitOfWork:
         return partial(write, changes=changes, fence=fence, frees=ends, **more)
 
     def _writing(self, work: Callable[[Any], T], *, in_transaction: bool = True) -> Call[T]:
-        row = next(iter(self.rows))
-        return self._calls.writing(row, work, in_transaction=in_transaction)
+        return self._calls.writing(self._row, work, in_transaction=in_transaction)
+
+    @property
+    def _row(self) -> str:
+        return next(iter(self.rows))
 
 
 def _lost(row: str, what: str) -> LockLostError:

@@ -194,11 +194,13 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
             return
         with self._units_of_work.opened(key, self._units, lease) as unit:
             if lease is not None and lease.taken.is_latest:
-                unit.found(self._wanted(key), lease.taken.found)
+                unit.found(lease.taken.found)
             yield unit
 
     async def _end(self, unit: UnitOfWork | None, lease: HeldLease | None) -> None:
         is_freed = False
+        if lease is not None:
+            lease.is_ending = True
         try:
             if unit is not None:
                 is_freed = await unit.write(ends=True)

@@ -54,12 +54,12 @@ class ChangedRow:
     def set_state(self, state: str | None) -> None:
         """Set the state, or remove it."""
         self._has_state = True
-        self.now = self.now._replace(state=state)
+        self.now = Texts(state, self.now.data)
 
     def set_data(self, text: str) -> None:
         """Replace the data."""
         self._data = [lambda _: text]
-        self.now = self.now._replace(data=text)
+        self.now = Texts(self.now.state, text)
 
     def clear(self) -> None:
         """Remove the state and the data."""
@@ -68,7 +68,7 @@ class ChangedRow:
 
     def update_data(self, merge: Change) -> None:
         """Change fields of the data."""
-        self.now = self.now._replace(data=merge(self.now.data))
+        self.now = Texts(self.now.state, merge(self.now.data))
         self._data.append(merge)
 
     def is_to_be_written(self, *, keeps_time: bool) -> bool:
@@ -93,9 +93,9 @@ class ChangedRow:
         state = self.now.state
         self.found, self.now = found, found or Texts()
         if self._has_state:
-            self.now = self.now._replace(state=state)
+            self.now = Texts(state, self.now.data)
         for change in self._data:
-            self.now = self.now._replace(data=change(self.now.data))
+            self.now = Texts(self.now.state, change(self.now.data))
 
     def written(self) -> None:
         """Begin anew: the row holds what it was to hold."""

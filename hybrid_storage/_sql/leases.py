@@ -47,7 +47,8 @@ class Taken:
     version: int
     is_latest: bool
     """Whether ``found`` is what the former holder has left. If not, read again."""
-    found: dict[str, Texts]
+    found: dict[str, Texts | None]
+    """What the wanted rows hold, None for those that are not there."""
 
 
 class Leases:
@@ -81,9 +82,9 @@ class Leases:
         """
         dialect = self._dialect(connection)
         parameters: dict[str, Any] = {"_row": row, "_owner": owner, "_lease": lease}
-        if dialect.acquire_and_read is not None and wanted:
+        if dialect.at_once:
             parameters["_wanted"] = list(wanted)
-            rows = executed(connection, dialect.acquire_and_read, parameters).rows or ()
+            rows = executed(connection, dialect.at_once[bool(wanted)], parameters).rows or ()
             version, seen = rows[0][:2]
         else:
             executed(connection, dialect.acquire, parameters)
@@ -93,7 +94,8 @@ class Leases:
             version, seen = (rows[0][0], rows[0][0] - 1) if rows[0][1] == owner else (None, 0)
         if version is None:
             return None
-        found = {each[-3]: Texts(*each[-2:]) for each in rows if each[-3] is not None}
+        there = {each[-3]: Texts(*each[-2:]) for each in rows if each[-3] is not None}
+        found = {row: there.get(row) for row in wanted}
         return Taken(version, version == (seen or 0) + 1, found)
 
     def renew(
@@ -172,7 +174,7 @@ class _Dialect:
         # The owner may acquire its own lease again: a retry after a lost response must succeed.
         free = sa.or_(columns.expires <= clock, columns.owner == sa.bindparam("_owner"))
         self.acquire: sa.Executable
-        self.acquire_and_read: sa.Executable | None = None
+        self.at_once: dict[bool, sa.Executable] = {}
         if isinstance(dialect, MySQLDialect):
             new = mysql_insert(table).values(values)
             owner, end = new.inserted.owner, new.inserted.expires
@@ -197,7 +199,10 @@ class _Dialect:
                 where=free,
             )
             if isinstance(dialect, PGDialect):
-                self.acquire_and_read = _acquire_and_read(self.acquire, table, beside)
+                self.at_once = {
+                    is_fenced: _acquire_and_read(self.acquire, table, beside, waits=not is_fenced)
+                    for is_fenced in (False, True)
+                }
         wanted = beside.c.id.in_(sa.bindparam("_wanted", expanding=True))
         self.read = (
             sa.select(columns.version, columns.owner, beside.c.id, beside.c.state, beside.c.data)
@@ -224,18 +229,21 @@ class _Dialect:
         )
 
 
-def _acquire_and_read(upsert: Any, locks: Table, beside: Table) -> sa.Executable:
+def _acquire_and_read(upsert: Any, locks: Table, beside: Table, *, waits: bool) -> sa.Executable:
     """Return PostgreSQL's one statement: what it reads is older than the lock, so compare.
 
     The reads see the database as it was when the statement began, the upsert sees the latest row.
-    Its commit does not wait for the disk: a lock that a crash of the server takes away is missed
-    by the write behind the fence, which does wait.
+
+    :param waits: whether its commit waits for the disk. It need not before a write behind the fence,
+        which does wait, and fails if a crash of the server has taken the lock away
     """
     taken = upsert.returning(locks.c.version).cte("taken")
     seen = sa.select(locks.c.version).where(locks.c.id == sa.bindparam("_row"))
     wanted = beside.c.id == sa.any_(sa.bindparam("_wanted", type_=sa.ARRAY(sa.Text)))
-    no_wait = sa.func.set_config("synchronous_commit", "off", sa.true())
-    one = sa.select(no_wait.label("one")).cte("one")
+    wait: Any = sa.func.set_config("synchronous_commit", "off", sa.true())
+    if waits:
+        wait = sa.literal_column("1")
+    one = sa.select(wait.label("one")).cte("one")
     return sa.select(
         sa.select(taken.c.version).scalar_subquery(),
         seen.scalar_subquery(),

@@ -62,12 +62,11 @@ class Units:
         """Return owner and version of a lock, nobody and 0 if it has no row."""
         return (NOBODY, 0) if self._leases is None else self._leases.look(connection, row)
 
-    def read(self, connection: Connection, rows: Sequence[str]) -> dict[str, Texts]:
-        """Return what the rows hold, those that are there."""
+    def read(self, connection: Connection, rows: Sequence[str]) -> dict[str, Texts | None]:
+        """Return what rows hold, None for those that are not there."""
         for row in rows:
             self._rows.check(connection, row)
-        found = executed(connection, self.select, {"_rows": list(rows)}).rows or ()
-        return {row: Texts(state, data) for row, state, data in found}
+        return self._read(connection, self.select, rows)
 
     def write_at_once(
         self,
@@ -123,17 +122,17 @@ class Units:
             # A transaction that reads first and writes later fails if another wrote in between.
             executed(connection, self._touch, {"_row": changes[0].row})
         there = [change.row for change in changes if change.found is not None]
-        found = self._read_locked(connection, there) if there else {}
+        found = self._read(connection, self._select_locked, there) if there else {}
         for change in sorted(changes, key=lambda change: change.row):
             if change.found is not None:
-                change.rebase(found.get(change.row))
+                change.rebase(found[change.row])
             elif nests and not change.now.is_empty:
                 try:
                     with connection.begin_nested():
                         self._put(connection, change)
                     continue
                 except IntegrityError:
-                    now = self._read_locked(connection, [change.row]).get(change.row)
+                    now = self._read(connection, self._select_locked, [change.row])[change.row]
                     if now is None:
                         raise
                     change.rebase(now)
@@ -148,9 +147,12 @@ class Units:
             statement = self._insert if change.found is None else self._update
             executed(connection, statement, parameters)
 
-    def _read_locked(self, connection: Connection, rows: Sequence[str]) -> dict[str, Texts]:
-        found = executed(connection, self._select_locked, {"_rows": list(rows)}).rows or ()
-        return {row: Texts(state, data) for row, state, data in found}
+    def _read(
+        self, connection: Connection, select: sa.Executable, rows: Sequence[str]
+    ) -> dict[str, Texts | None]:
+        answer = executed(connection, select, {"_rows": list(rows)}).rows or ()
+        found = {row: Texts(state, data) for row, state, data in answer}
+        return {row: found.get(row) for row in rows}
 
     def _check(self, connection: Connection, changes: Sequence[ChangedRow]) -> None:
         for change in changes:
