@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -99,7 +99,7 @@ class UnitOfWork:
             await self.write()
         return result
 
-    def found(self, rows: Mapping[str, Texts | None]) -> None:
+    def found(self, rows: dict[str, Texts | None]) -> None:
         """Take what has been read of some rows, unless they have been read before."""
         for row, texts in rows.items():
             self.rows.setdefault(row, ChangedRow(row, texts))

@@ -234,8 +234,8 @@ def _acquire_and_read(upsert: Any, locks: Table, beside: Table, *, waits: bool) 
 
     The reads see the database as it was when the statement began, the upsert sees the latest row.
 
-    :param waits: whether its commit waits for the disk. It need not before a write behind the fence,
-        which does wait, and fails if a crash of the server has taken the lock away
+    :param waits: whether its commit waits for the disk. It need not before a write behind the
+        fence, which does wait, and fails if a crash of the server has taken the lock away
     """
     taken = upsert.returning(locks.c.version).cte("taken")
     seen = sa.select(locks.c.version).where(locks.c.id == sa.bindparam("_row"))
