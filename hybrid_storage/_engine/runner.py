@@ -184,47 +184,56 @@ def _on_connection(
     pool: PoolState | None,
     interrupter: Interrupter,
 ) -> T:
-    with (
-        context(),
-        exclusive(bind),
-        _connected(session, bind, call, pool) as connection,
-        interrupter.reaching(connection),
-    ):
-        return call.run(connection)
+    """Run a call on a connection, and commit what it has written."""
+    with context(), exclusive(bind):
+        is_counted_on = _is_counted_on(session, bind)
+        if is_counted_on and session.bind is not bind:
+            return _in_session(session, call, interrupter)  # with rules of its own
+        with checked_out(bind, pool) as connection:
+            if is_counted_on:
+                session.bind = connection
+                return _in_session(session, call, interrupter)
+            if bind.engine in _behind_poolers:
+                driver_connection: Any = connection.connection.driver_connection
+                if hasattr(driver_connection, "prepare_threshold"):  # psycopg's, for poolers
+                    driver_connection.prepare_threshold = None
+            if _autocommits(bind) and not call.in_transaction:
+                return _in_autocommit(connection, call, interrupter)
+            return _run(connection, call, interrupter)
 
 
-@contextmanager
-def _connected(
-    session: Session, bind: Bind, call: Call[Any], pool: PoolState | None
-) -> Iterator[Connection]:
-    """Give a connection for a call, and commit what the call has written."""
-    if _is_counted_on(session, bind) and session.bind is not bind:
-        with session:  # which has rules of its own for each statement
-            session.begin()
-            yield session.connection(dict(call.bind_arguments))
-            if call.writes:
-                session.commit()
-        return
-    with checked_out(bind, pool) as connection:
-        if _is_counted_on(session, bind):
-            session.bind = connection
-            with session:
-                session.begin()
-                yield session.connection(dict(call.bind_arguments))
-                if call.writes:
-                    session.commit()
-            return
-        if _autocommits(bind) and not call.in_transaction:
-            # Unless a listener of the pool's has begun a transaction: that is committed below.
-            with suppress(DBAPIError, bind.dialect.loaded_dbapi.Error):
-                connection.execution_options(isolation_level="AUTOCOMMIT")
-        if bind.engine in _behind_poolers:
-            driver_connection: Any = connection.connection.driver_connection
-            if hasattr(driver_connection, "prepare_threshold"):  # psycopg's setting for poolers
-                driver_connection.prepare_threshold = None
-        yield connection
+def _in_session(session: Session, call: Call[T], interrupter: Interrupter) -> T:
+    with session:
+        session.begin()
+        with interrupter.reaching(connection := session.connection(dict(call.bind_arguments))):
+            result = call.run(connection)
         if call.writes:
-            connection.commit()
+            session.commit()
+        return result
+
+
+def _in_autocommit(connection: Connection, call: Call[T], interrupter: Interrupter) -> T:
+    # By the driver's own attribute: SQLAlchemy's option sets the isolation level too, and resets
+    # it, which costs as much as half a statement.
+    driver: Any = connection.connection.dbapi_connection
+    switched = False
+    # Unless a listener of the pool's has begun a transaction: that is committed below.
+    with suppress(connection.dialect.loaded_dbapi.Error):
+        if not getattr(driver, "autocommit", True):
+            driver.autocommit = switched = True
+    try:
+        return _run(connection, call, interrupter)
+    finally:
+        if switched and not connection.invalidated:
+            driver.autocommit = False
+
+
+def _run(connection: Connection, call: Call[T], interrupter: Interrupter) -> T:
+    with interrupter.reaching(connection):
+        result = call.run(connection)
+    if call.writes:
+        connection.commit()
+    return result
 
 
 @contextmanager
@@ -238,10 +247,14 @@ def checked_out(bind: Bind, pool: PoolState | None) -> Iterator[Connection]:
     if isinstance(bind, Connection):
         yield bind
     elif pool is None:
+        base = bind.dialect.loaded_dbapi.Error
         spare = bind.pool.recreate()
         try:
-            with _wrapping_errors(bind):
+            try:
                 pooled = spare.connect()
+            except base as error:  # raised in the form that Engine.connect() raises it in
+                wrapped = DBAPIError.instance(None, None, error, base, dialect=bind.dialect)
+                raise wrapped from error
             with Connection(bind, pooled) as connection:
                 yield connection
         finally:
@@ -250,24 +263,17 @@ def checked_out(bind: Bind, pool: PoolState | None) -> Iterator[Connection]:
         # Looked at last: the handlers take connections without asking.
         if pool.are_connections_taken(bind):
             raise PoolTaken
-        with bind.connect() as connection, pool.counted(connection):
-            yield connection
+        with bind.connect() as connection:
+            pool.of_calls.add(connection)
+            try:
+                yield connection
+            finally:
+                pool.of_calls.discard(connection)
 
 
 def connected(bind: Bind) -> AbstractContextManager[Connection]:
     """Give a connection for the time of a handler."""
     return nullcontext(bind) if isinstance(bind, Connection) else bind.connect()
-
-
-@contextmanager
-def _wrapping_errors(engine: Engine) -> Iterator[None]:
-    """Raise a driver's error in the form that ``Engine.connect()`` raises it in."""
-    base = engine.dialect.loaded_dbapi.Error
-    try:
-        yield
-    except base as error:
-        instance = DBAPIError.instance(None, None, error, base, dialect=engine.dialect)
-        raise instance from error
 
 
 def _is_counted_on(session: Session, bind: Bind) -> bool:

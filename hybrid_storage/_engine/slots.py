@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import (
     AbstractContextManager,
     asynccontextmanager,
-    contextmanager,
     nullcontext,
     suppress,
 )
@@ -66,7 +65,8 @@ class PoolState:
         # under way alone.
         self.write_queue = [CapacityLimiter(1) for _ in self.writers]
         self.call_queue = [CapacityLimiter(1)] if self.is_shared else []
-        self._of_calls: set[Connection] = set()
+        # Connections of calls, which will be given back soon.
+        self.of_calls: set[Connection] = set()
         self.open_transactions: set[object] = set()
 
     def call(self, writes: bool, limiter: CapacityLimiter | None) -> Slot:
@@ -80,15 +80,6 @@ class PoolState:
     def transaction(self) -> Slot:
         """Return a slot to hold a connection for the time of a handler."""
         return Slot(*self.write_queue, *self.writers, *self.call_queue, self.transactions)
-
-    @contextmanager
-    def counted(self, connection: Connection) -> Iterator[None]:
-        """Count a connection of a call's, which will be given back soon."""
-        self._of_calls.add(connection)
-        try:
-            yield
-        finally:
-            self._of_calls.discard(connection)
 
     @asynccontextmanager
     async def heartbeat(self) -> AsyncIterator[None]:
@@ -111,7 +102,7 @@ class PoolState:
         if isinstance(bind, Connection) or not isinstance(bind.pool, QueuePool):
             return False
         size = bind.pool.size()
-        held = bind.pool.checkedout() - (0 if by_calls_too else len(self._of_calls))
+        held = bind.pool.checkedout() - (0 if by_calls_too else len(self.of_calls))
         return 0 < size <= held
 
 

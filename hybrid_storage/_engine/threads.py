@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from functools import partial
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from anyio import CapacityLimiter, to_thread
 from anyio.lowlevel import RunVar
@@ -30,18 +30,15 @@ async def run_in_thread(function: Callable[[], T], interrupter: Interrupter | No
     Cancelled before the thread begins, it does nothing. Cancelled later, it ends the statement
     under way, waits for the thread, and re-raises.
     """
-    outcome: Future[T] = Future()
+    job = _Job(function)
     try:
         # Not shielded by anyio: both kinds of cancellation take the same path below.
-        await to_thread.run_sync(
-            partial(_run, function, outcome), abandon_on_cancel=True, limiter=_limiter()
-        )
+        return await to_thread.run_sync(job.run, abandon_on_cancel=True, limiter=_limiter())
     except asyncio.CancelledError as cancelled:
         cancellation = cancelled
-    else:
-        return outcome.result()
-    if not outcome.cancel():
-        done = asyncio.wrap_future(outcome)
+    end = job.cancel()
+    if end is not None:
+        done = asyncio.wrap_future(end)
         try:
             if interrupter is not None:
                 await wait_until_done(interrupter.request_until(done, _in_another_thread))
@@ -50,15 +47,36 @@ async def run_in_thread(function: Callable[[], T], interrupter: Interrupter | No
     raise cancellation
 
 
-def _run(function: Callable[[], T], outcome: Future[T]) -> None:
-    if not outcome.set_running_or_notify_cancel():
-        return  # cancelled before the thread was free
-    try:
-        result = function()
-    except BaseException as error:
-        outcome.set_exception(error)
-    else:
-        outcome.set_result(result)
+class _Job(Generic[T]):
+    """A function that a thread calls, unless it is cancelled before."""
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self._function = function
+        self._lock = threading.Lock()
+        self._is_cancelled = self._is_running = False
+        self._end: Future[None] | None = None  # made for whoever waits: it costs more than the rest
+
+    def run(self) -> T:
+        """Call the function, in the thread."""
+        with self._lock:
+            if self._is_cancelled:
+                raise asyncio.CancelledError  # nobody waits for this any more
+            self._is_running = True
+        try:
+            return self._function()
+        finally:
+            with self._lock:
+                self._is_running = False
+                if self._end is not None:
+                    self._end.set_result(None)
+
+    def cancel(self) -> Future[None] | None:
+        """Keep the function from being called; return the end to wait for if it runs already."""
+        with self._lock:
+            self._is_cancelled = True
+            if self._is_running:
+                self._end = Future()
+            return self._end
 
 
 async def _in_another_thread(request: Callable[[], None]) -> None:
