@@ -6,7 +6,7 @@ like any other table of the application.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Protocol, TypeGuard, cast
+from typing import Any, ClassVar, Protocol, TypeAlias, TypeGuard, cast
 from weakref import WeakKeyDictionary, ref
 
 from sqlalchemy import JSON, BigInteger, Column, Double, MetaData, String, Table
@@ -46,10 +46,21 @@ class FSMData:
     """The data as JSON text; NULL and the empty string stand for ``{}``."""
 
 
-class HasMetaData(Protocol):
-    """A declarative base, or whatever else carries a ``metadata``."""
+class _Base(Protocol):
+    """A declarative base."""
 
     metadata: ClassVar[MetaData]
+
+
+class _OtherBase(Protocol):
+    """A base that says less of its metadata, as those of Flask-SQLAlchemy and SQLModel do."""
+
+    @property
+    def metadata(self) -> MetaData: ...
+
+
+HasMetaData: TypeAlias = _Base | _OtherBase
+"""A declarative base, or whatever else carries a ``metadata``."""
 
 
 def model_for(metadata: object, table_name: object) -> type[FSMData]:
@@ -86,6 +97,10 @@ def model_for(metadata: object, table_name: object) -> type[FSMData]:
     raise TypeError(f"metadata is a MetaData or a declarative base, not {metadata!r}")
 
 
+def _metadata_of(base: type[HasMetaData]) -> MetaData:
+    return cast("type[_Base]", base).metadata
+
+
 def _has_metadata(thing: object) -> TypeGuard[type[HasMetaData]]:
     return isinstance(thing, type) and isinstance(getattr(thing, "metadata", None), MetaData)
 
@@ -98,7 +113,7 @@ def declare_model(base: type[HasMetaData] | MetaData, table_name: str) -> type[F
     :raises ValueError: if the metadata has a table of that name with other columns
     :return: the mapped class
     """
-    metadata = base if isinstance(base, MetaData) else base.metadata
+    metadata = base if isinstance(base, MetaData) else _metadata_of(base)
     schema = _schema(base)
     name = f"{schema}.{table_name}" if schema else table_name
     table = metadata.tables.get(name)
@@ -174,7 +189,7 @@ def _schema(base: type[HasMetaData] | MetaData) -> str | None:
         return base.schema
     arguments: Any = getattr(base, "__table_args__", None)
     options = arguments[-1] if isinstance(arguments, tuple) and arguments else arguments
-    schema = base.metadata.schema
+    schema = _metadata_of(base).schema
     return options.get("schema", schema) if isinstance(options, dict) else schema
 
 

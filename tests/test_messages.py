@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from aiogram import Bot, Dispatcher
@@ -195,7 +195,7 @@ def test_a_data_column_of_json() -> None:
 
 async def test_sqlmodel_lends_its_metadata(tmp_path: Path, key: StorageKey) -> None:
     storage = SQLAlchemyStorage.from_url(
-        f"sqlite:///{tmp_path}/bot.db", metadata=cast("Any", SQLModel), table_name="of_sqlmodel"
+        f"sqlite:///{tmp_path}/bot.db", metadata=SQLModel, table_name="of_sqlmodel"
     )
     assert "of_sqlmodel" in SQLModel.metadata.tables
     await storage.create_table()

@@ -11,6 +11,7 @@ from aiogram.fsm.context import FSMContext
 from aiogram.fsm.state import State, StatesGroup
 from aiogram.fsm.storage.base import BaseStorage, DefaultKeyBuilder, KeyBuilder, StorageKey
 from anyio import CapacityLimiter
+from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import MetaData, Table, create_engine, select
 from sqlalchemy.ext.asyncio import (
     AsyncSession,
@@ -27,6 +28,7 @@ from sqlalchemy.orm import (
     scoped_session,
     sessionmaker,
 )
+from sqlmodel import SQLModel
 from typing_extensions import assert_type
 
 from hybrid_storage import (
@@ -76,6 +78,8 @@ def dumps(data: Mapping[str, Any]) -> bytes:
 
 
 Local = sessionmaker(create_engine("sqlite:///bot.db"))
+db = SQLAlchemy()
+db_on_base = SQLAlchemy(model_class=Base)
 AsyncLocal = async_sessionmaker(create_async_engine("sqlite+aiosqlite:///bot.db"))
 
 # Every kind of factory
@@ -93,6 +97,9 @@ SQLAlchemyStorage(async_scoped_session(AsyncLocal, scopefunc=lambda: 1))
 
 SQLAlchemyStorage(Local, Base)
 SQLAlchemyStorage(Local, DataclassBase)
+SQLAlchemyStorage(Local, SQLModel)
+SQLAlchemyStorage(db.session, db.Model)
+SQLAlchemyStorage(db_on_base.session, db_on_base.Model)
 SQLAlchemyStorage(Local, Base.metadata)
 SQLAlchemyStorage(Local, MetaData(schema="bots"), "fsm")
 SQLAlchemyStorage(Local, None, "fsm")
