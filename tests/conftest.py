@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 import uuid
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -19,6 +22,19 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
 
 from hybrid_storage import SQLAlchemyStorage
+
+
+MEMORY = Path("/dev/shm")
+ROOM = 1 << 32  # bytes
+
+
+def pytest_configure() -> None:
+    """Put all temporary files into memory where there is room: no test is about the disk.
+
+    Each commit would wait for it, and most of the tests do little else.
+    """
+    if "TMPDIR" not in os.environ and MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM:
+        os.environ["TMPDIR"] = tempfile.tempdir = str(MEMORY)
 
 
 def pytest_report_header() -> list[str]:

@@ -14,7 +14,7 @@ from conftest import Open, rows
 
 from hybrid_storage import SQLAlchemyStorage
 
-RACES = 200
+RACES = 100
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
 from hybrid_storage import SQLAlchemyStorage
 
 IMPATIENT = 1.0  # seconds that a call may wait in the pool
-CONVERSATIONS = 60
+CONVERSATIONS = 40
 
 
 def impatient_pool(backend: Backend, **options: Any) -> dict[str, Any]:

@@ -96,6 +96,7 @@ async def writers(
 
 @settings(
     deadline=None,
+    max_examples=50,  # on each backend
     # The examples share a table, each of them empties it first. How fast they are is no matter.
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
