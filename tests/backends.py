@@ -82,7 +82,7 @@ POSTGRESQL = [
 MARIADB = [
     Backend("pymysql", "mariadb", "pymysql", is_async=False),
     Backend("asyncmy", "mariadb", "asyncmy", is_async=True),
-]
+][: None if mysql_version() else 0]  # none where no server answers
 FACTORIES = [
     Backend(
         "scoped", "sqlite", "pysqlite", False, lambda engine: scoped_session(sessionmaker(engine))
@@ -95,7 +95,7 @@ FACTORIES = [
         lambda engine: sessionmaker(engine, class_=AsyncSession, expire_on_commit=False),
     ),
 ]
-SERVERS = [*SQLITE, *POSTGRESQL, *(MARIADB if mysql_version() else [])]
+SERVERS = [*SQLITE, *POSTGRESQL, *MARIADB]
 """One backend for each driver that has a server here."""
 BACKENDS = [*SERVERS, *FACTORIES]
 """All backends."""

@@ -23,7 +23,6 @@ from sqlalchemy.orm import Session
 
 from hybrid_storage import SQLAlchemyStorage
 
-
 MEMORY = Path("/dev/shm")
 ROOM = 1 << 32  # bytes
 

@@ -18,7 +18,7 @@ import pytest
 from aiogram.exceptions import DataNotDictLikeError
 from aiogram.fsm.state import StatesGroup
 from aiogram.fsm.storage.base import BaseStorage, DefaultKeyBuilder, KeyBuilder, StorageKey
-from backends import BACKENDS, POSTGRESQL, Backend
+from backends import BACKENDS, POSTGRESQL, SQLITE, Backend
 from conftest import Open, rows
 from sqlalchemy import URL, String, text
 from sqlalchemy.exc import DatabaseError, DBAPIError
@@ -47,6 +47,10 @@ CALLS: dict[str, Call] = {
 def each_call(*names: str) -> pytest.MarkDecorator:
     """Run a test with each of these calls."""
     return pytest.mark.parametrize("call", [CALLS[name] for name in names], ids=names)
+
+
+# One backend of each kind: the database, if it is reached at all, has no part in what is refused.
+whatever_the_database = pytest.mark.parametrize("backend", SQLITE, ids=str)
 
 
 class Builds(KeyBuilder):
@@ -109,6 +113,7 @@ async def test_set_data_refuses_what_is_no_mapping(
     assert await any_storage.get_data(key) == {"name": "Ada"}
 
 
+@whatever_the_database
 async def test_update_data_refuses_what_is_no_mapping(
     filled: SQLAlchemyStorage, key: StorageKey
 ) -> None:
@@ -137,6 +142,7 @@ UNSERIALISABLE: list[tuple[Any, type[Exception], str]] = [
 ]
 
 
+@whatever_the_database
 async def test_data_that_does_not_serialise_gets_the_serialisers_own_error(
     filled: SQLAlchemyStorage, key: StorageKey
 ) -> None:
@@ -157,6 +163,7 @@ async def test_the_error_of_another_serialiser_comes_through_as_it_is(
         await storage.update_data(key, {"x": 10**40})
 
 
+@whatever_the_database
 @pytest.mark.parametrize(
     ("returned", "error", "words"),
     [
@@ -240,6 +247,7 @@ async def test_a_corrupt_row_is_repaired_by(
         await storage.clear(key)
 
 
+@whatever_the_database
 @each_call("get_data", "get_value", "update_data", "update_nothing")
 async def test_a_json_loads_that_fails_makes_data_corrupt_and_is_named_as_the_cause(
     reopen: Open, key: StorageKey, call: Call
@@ -259,6 +267,7 @@ class Form(StatesGroup):
     """A group is no state: passed by mistake for one of its states."""
 
 
+@whatever_the_database
 async def test_a_state_that_is_none_is_refused(filled: SQLAlchemyStorage, key: StorageKey) -> None:
     for state in (5, True, b"form:name", ["form:name"], Form, Form(), object()):
         words = f"a state is a State, a str or None, not {type(state).__name__}: "
@@ -328,6 +337,7 @@ async def test_other_databases_keep_nul(
     assert await storage.update_data(key, {"x": ""}) == {"x": "", "\0": 1}
 
 
+@whatever_the_database
 async def test_a_state_with_a_lone_surrogate_is_refused(
     filled: SQLAlchemyStorage, key: StorageKey
 ) -> None:
@@ -335,6 +345,7 @@ async def test_a_state_with_a_lone_surrogate_is_refused(
         await filled.set_state(key, "form\ud83dname")
 
 
+@whatever_the_database
 async def test_data_with_an_unescaped_lone_surrogate_is_refused(
     reopen: Open, key: StorageKey
 ) -> None:
@@ -355,6 +366,7 @@ async def test_data_with_an_escaped_lone_surrogate_is_kept(
     assert await any_storage.get_data(key) == {"x": "\ud83d", "\udfff": 1}
 
 
+@whatever_the_database
 async def test_a_key_with_a_lone_surrogate_is_refused(reopen: Open, key: StorageKey) -> None:
     storage = await reopen(key_builder=Builds("4\ud83d2"))
     words = SURROGATE_REFUSED.format(r"the key builder's build\(\)")
@@ -366,6 +378,7 @@ async def test_a_key_with_a_lone_surrogate_is_refused(reopen: Open, key: Storage
 # Keys that are none
 
 
+@whatever_the_database
 async def test_a_key_builder_that_returns_no_text_is_refused(reopen: Open, key: StorageKey) -> None:
     for built in (None, 42, b"42", ("42",)):
         storage = await reopen(key_builder=Builds(built))
@@ -375,6 +388,7 @@ async def test_a_key_builder_that_returns_no_text_is_refused(reopen: Open, key: 
                 await call(storage, key)
 
 
+@whatever_the_database
 async def test_what_a_key_builder_raises_comes_through(reopen: Open, key: StorageKey) -> None:
     storage = await reopen(key_builder=DefaultKeyBuilder())
     for call in CALLS.values():

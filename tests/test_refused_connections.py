@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import socket
+import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import psycopg
 import pytest
 from aiogram.fsm.storage.base import StorageKey
 from backends import MARIADB, POSTGRESQL, Backend
-from sqlalchemy import URL
+from sqlalchemy import URL, create_engine
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 from hybrid_storage import SQLAlchemyStorage
@@ -39,39 +43,60 @@ async def test_a_wrong_setting_is_raised_at_once(
     assert time.monotonic() - began < AT_ONCE
 
 
-class Connection:
-    """The part of psycopg's ``pgconn`` that tells how far an attempt to connect has come."""
-
-    def __init__(self, used_password: bool) -> None:
-        self.used_password = used_password
-        self.needs_password = False
+def packet(kind: bytes, body: bytes) -> bytes:
+    """Return a message of PostgreSQL's protocol."""
+    return kind + struct.pack("!i", 4 + len(body)) + body
 
 
-def connecting(text: str, *, used_password: bool = False) -> DBAPIError:
-    """Return what SQLAlchemy raises if psycopg cannot connect."""
-    error = psycopg.OperationalError(f'connection to server at "h", port 5432 failed: {text}')
-    error._pgconn = Connection(used_password)  # type: ignore[assignment]
-    return OperationalError(None, None, error)
+@contextmanager
+def server_that_refuses(severity: str, text: str, *, asks: bool) -> Iterator[int]:
+    """Stand in for a server in another language, which turns a client away; return its port.
+
+    :param text: what it says; nothing at all if it is empty
+    :param asks: whether it asks for the password before
+    """
+
+    def refuse() -> None:
+        client, _ = listener.accept()
+        with client:
+            client.recv(4096)  # who wants to connect
+            if asks:
+                client.sendall(packet(b"R", struct.pack("!i", 3)))
+                client.recv(4096)  # the password
+            if text:
+                fields = f"S{severity}\0VFATAL\0CXX000\0M{text}\0\0"
+                client.sendall(packet(b"E", fields.encode()))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as threads:
+        refusing = threads.submit(refuse)
+        yield listener.getsockname()[1]
+        refusing.result()
 
 
 @pytest.mark.parametrize(
-    ("text", "used_password", "passes"),
+    ("severity", "text", "asks", "passes"),
     [
-        ('FATAL:  password authentication failed for user "u"', True, False),
-        ("FATAL:  Passwort-Authentifizierung für Benutzer »u« fehlgeschlagen", True, False),
-        ('ВАЖНО:  пользователь "u" не прошёл проверку подлинности', True, False),
-        ("FATAL:  das Datenbanksystem startet", False, True),
-        ("FATAL:  the database system is starting up", False, True),
-        ("FATAL:  sorry, too many clients already", True, True),
-        ("FATAL:  the database system is not yet accepting connections", False, True),
-        ('FATAL:  database "d" does not exist', False, False),
-        ("server closed the connection unexpectedly", True, True),
-        ("Connection refused", False, True),
-        ("could not translate host name", False, False),
+        ("FATAL", 'password authentication failed for user "u"', True, False),
+        ("FATAL", "Passwort-Authentifizierung für Benutzer »u« fehlgeschlagen", True, False),
+        ("ВАЖНО", 'пользователь "u" не прошёл проверку подлинности', True, False),
+        ("FATAL", "das Datenbanksystem startet", False, True),
+        ("FATAL", "the database system is starting up", False, True),
+        ("FATAL", "sorry, too many clients already", True, True),
+        ("FATAL", "the database system is not yet accepting connections", False, True),
+        ("FATAL", 'database "d" does not exist', False, False),
+        ("", "", True, True),
     ],
 )
-def test_psycopgs_answers_while_it_connects(text: str, used_password: bool, passes: bool) -> None:
-    assert is_transient(connecting(text, used_password=used_password)) is passes
+def test_psycopgs_answers_while_it_connects(
+    severity: str, text: str, asks: bool, passes: bool
+) -> None:
+    with server_that_refuses(severity, text, asks=asks) as port:
+        url = URL.create("postgresql+psycopg", "u", "secret", "127.0.0.1", port, "d")
+        engine = create_engine(url, connect_args={"sslmode": "disable", "gssencmode": "disable"})
+        with pytest.raises(OperationalError) as raised:
+            engine.connect()
+    assert text in str(raised.value)
+    assert is_transient(raised.value) is passes
 
 
 class MySQLError(Exception):

@@ -31,7 +31,7 @@ async def test_a_write_behind_a_lock_warns_once_with_the_key_and_the_remedy(
     assert warnings(caplog) == []
     with locked(backend, url_of(backend), storage, key) as lock:
         write = asyncio.create_task(storage.set_state(key, "after"))
-        await asyncio.sleep(0.7)
+        await asyncio.sleep(0.5)  # twice as long, and a little more
         lock.release()
         await write
     (warning,) = warnings(caplog)
