@@ -28,7 +28,7 @@ from collections.abc import (
     Iterator,
 )
 from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -134,10 +134,10 @@ class Side:
         return {row: owner for row, (owner, _) in (await self.leases()).items()}
 
     async def leases(self) -> dict[str, tuple[str, float]]:
-        """Return the owners of all locks, and when these end."""
+        """Return the owners of all locks that are held, and when these end."""
 
         def read(session: Session) -> dict[str, tuple[str, float]]:
-            rows = session.execute(select(self.table))
+            rows = session.execute(select(self.table).where(self.table.c.owner != ""))
             return {row.id: (row.owner, row.expires) for row in rows}
 
         found: dict[str, tuple[str, float]] = await self.storage.run_sync(read)
@@ -322,20 +322,34 @@ async def test_different_keys_do_not_wait_for_each_other(side: Side, other: Side
             group.start_soon(hold, each.isolation, key)
 
 
-async def test_keys_that_differ_by_destiny_alone_are_locked_apart_and_nest(
+async def test_keys_that_differ_by_destiny_alone_share_a_lock_and_nest(
     side: Side, other: Side, key: StorageKey
 ) -> None:
     inner = StorageKey(key.bot_id, key.chat_id, key.user_id, destiny="aiogd:stack:")
-    outer_row, inner_row = side.row(key), side.row(inner)
+    row = side.row(key)
 
-    async with side.isolation.lock(key):
-        async with side.isolation.lock(inner):
-            assert await other.locks() == {outer_row: side.owner, inner_row: side.owner}
-        assert await other.locks() == {outer_row: side.owner}
-        await enter(other, inner)
-        async with side.isolation.lock(inner):
-            assert side.isolation.still_held(key)
-            assert side.isolation.still_held(inner)
+    for first, second in [(key, inner), (inner, key)]:
+        async with side.isolation.lock(first):
+            for _ in range(2):
+                with statements(side.table.name) as asked:
+                    async with side.isolation.lock(second):
+                        assert side.isolation.still_held(first)
+                        assert side.isolation.still_held(second)
+                assert asked == []
+            assert await other.locks() == {row: side.owner}
+            with anyio.move_on_after(0.1) as limit:
+                await enter(other, second)
+            assert limit.cancelled_caught, "two were inside"
+        await enter(other, second)
+
+
+async def test_another_task_waits_for_another_destiny_of_a_conversation_that_is_held(
+    side: Side, key: StorageKey
+) -> None:
+    async with held(side, key):
+        with anyio.move_on_after(0.1) as limit:
+            await enter(side, replace(key, destiny="aiogd:stack:"))
+        assert limit.cancelled_caught, "two were inside"
 
 
 async def test_a_task_that_asks_for_a_key_it_holds_is_refused_and_goes_on_holding_it(
@@ -343,7 +357,7 @@ async def test_a_task_that_asks_for_a_key_it_holds_is_refused_and_goes_on_holdin
 ) -> None:
     async with side.isolation.lock(key):
         for _ in range(2):
-            with pytest.raises(RuntimeError, match="already held"):
+            with pytest.raises(RuntimeError, match=r"holds the lock of .* already"):
                 async with side.isolation.lock(key):
                     pytest.fail("the lock was taken twice")
         assert await side.locks() == {side.row(key): side.owner}
@@ -553,7 +567,7 @@ def test_a_time_that_is_not_above_0_is_refused(name: str, seconds: float) -> Non
 
 
 @pytest.mark.parametrize("backend", POSTGRESQL[-1:], ids=str)
-async def test_a_thousand_keys_leave_nothing_in_the_table_and_in_memory(
+async def test_a_thousand_keys_leave_nothing_held_and_nothing_in_memory(
     backend: Backend, start: Start
 ) -> None:
     side = await start(
@@ -703,8 +717,10 @@ async def test_a_lock_that_was_long_in_coming_is_renewed_in_time(
     """Its lease counts from the moment of asking."""
     lease = 3.0
     side, other = [await start(backend, lease=lease) for _ in range(2)]
-    dead = f"INSERT INTO TABLE_OF_LOCKS (id, owner, expires) VALUES ('{side.row(key)}', 'dead', 0)"
-    await side.execute(dead)
+    await side.execute(
+        "INSERT INTO TABLE_OF_LOCKS (id, owner, expires, version)"
+        f" VALUES ('{side.row(key)}', 'dead', 0, 1)"
+    )
     inside = anyio.Event()
 
     async def hold() -> None:
