@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ from sqlalchemy.orm import scoped_session, sessionmaker
 
 MYSQL_URL = os.environ.get("HYBRID_STORAGE_MYSQL_URL", "mysql://root@127.0.0.1:3306/test")
 POSTGRES_URL = os.environ.get("HYBRID_STORAGE_POSTGRES_URL")
+
+# Processes are forked from one that has imported what takes long, and has no threads.
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["hybrid_storage", "sqlalchemy.ext.asyncio", "asyncpg", "aiosqlite"])
 
 
 @dataclass(frozen=True)

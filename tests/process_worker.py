@@ -1,10 +1,10 @@
-"""A process that writes as it is told, a line of JSON at a time: see ``test_processes.py``."""
+"""A process that writes as it is told, a command at a time: see ``test_processes.py``."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import sys
+import warnings
+from multiprocessing.connection import Connection
 from typing import Any
 
 from aiogram.fsm.storage.base import StorageKey
@@ -31,25 +31,18 @@ async def carry_out(command: dict[str, Any], url: URL) -> None:
         await engine.dispose()
 
 
-def answer(text: str) -> None:
-    """Answer in one line."""
-    sys.stdout.write(text.replace("\n", " ") + "\n")
-    sys.stdout.flush()
+def main(commands: Connection) -> None:
+    """Carry out one command after the other; answer each with what went wrong, or nothing.
 
-
-def main() -> None:
-    """Carry out one command after the other; answer each with what went wrong, or nothing."""
-    answer("")  # ready
-    for line in sys.stdin:
-        command = json.loads(line)
-        try:
-            asyncio.run(carry_out(command, make_url(command["url"])))
-        except Exception as error:
-            answer(repr(error))
-        else:
-            answer("")
-
-
-if __name__ == "__main__":
+    :param commands: where they come from, and the answers go to; None is the last
+    """
+    warnings.simplefilter("error")
+    commands.send("")  # ready
     with sqlite_without_fsync():
-        main()
+        for command in iter(commands.recv, None):
+            try:
+                asyncio.run(carry_out(command, make_url(command["url"])))
+            except Exception as error:
+                commands.send(repr(error))
+            else:
+                commands.send("")

@@ -6,7 +6,6 @@ tasks with 200 sections each, and prints figures.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import sys
@@ -21,7 +20,7 @@ from signal import SIGKILL
 
 import anyio
 import pytest
-from backends import SERVERS, Backend
+from backends import FORKED, SERVERS, Backend
 from conftest import Open
 from isolation_worker import KEYS, Job, count_file, events, work
 from sqlalchemy import URL
@@ -32,10 +31,6 @@ FULL = os.environ.get("HYBRID_STORAGE_ISOLATION") == "full"
 PROCESSES, TASKS, SECTIONS = (8, 4, 200) if FULL else (3, 4, 15)
 LEASE = 1.5  # seconds, where processes are killed: others wait for that long
 PATIENCE = 600 if FULL else 120  # seconds: whoever never gets in is to fail the test
-
-# Processes are forked from one that has imported what takes long, and has no threads.
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["hybrid_storage", "sqlalchemy.ext.asyncio", "asyncpg", "aiosqlite"])
 
 on_each_server = pytest.mark.parametrize(
     "backends",
@@ -72,7 +67,7 @@ def started(jobs: list[Job]) -> Generator[list[BaseProcess], None, None]:
     processes: list[BaseProcess] = []
     try:
         for job in jobs:
-            processes.append(context.Process(target=work, args=[job]))
+            processes.append(FORKED.Process(target=work, args=[job]))
             processes[-1].start()
         yield processes
     finally:

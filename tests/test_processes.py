@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from pathlib import Path
+from multiprocessing.connection import Connection
 
 import pytest
-from backends import SERVERS, Backend
+from backends import FORKED, SERVERS, Backend
 from conftest import Open
-from process_worker import KEY
+from process_worker import KEY, main
 from sqlalchemy import URL
 
 from hybrid_storage import SQLAlchemyStorage
 
-WORKER = Path(__file__).with_name("process_worker.py")
 PROCESSES = 3
 FIELDS = 30  # that each of them sets at once
 
 
 class Workers:
-    """Processes that each set fields of their own in one conversation's data, at once."""
+    """Processes that each set fields of their own in one conversation's data, at once.
 
-    def __init__(self, processes: list[subprocess.Popen[str]]) -> None:
-        self._processes = processes
+    :param commands: the way to each of them
+    """
+
+    def __init__(self, commands: list[Connection]) -> None:
+        self._commands = commands
         self._await_answers()
 
     def set_fields(
@@ -35,7 +32,7 @@ class Workers:
     ) -> list[str]:
         """Let each process set so many fields at once; return the names of them all."""
         fields: list[str] = []
-        for number, process in enumerate(self._processes):
+        for number, commands in enumerate(self._commands):
             names = [f"process {number}, field {n}" for n in range(count)]
             fields += names
             command = {
@@ -45,41 +42,27 @@ class Workers:
                 "create": create,
                 "fields": names,
             }
-            assert process.stdin is not None
-            process.stdin.write(json.dumps(command) + "\n")
-            process.stdin.flush()
+            commands.send(command)
         self._await_answers()
         return fields
 
     def _await_answers(self) -> None:
-        answers = [process.stdout.readline() for process in self._processes if process.stdout]
-        assert answers == ["\n"] * PROCESSES
+        assert [commands.recv() for commands in self._commands] == [""] * PROCESSES
 
 
 @pytest.fixture(scope="module")
 def workers() -> Iterator[Workers]:
-    """Start the processes once: that is what takes its time."""
-    command = [sys.executable, "-W", "error", str(WORKER)]
-    # They import what this process imports.
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    with ExitStack() as stack:
-        processes = [
-            stack.enter_context(
-                subprocess.Popen(
-                    command,
-                    env=environment,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                )
-            )
-            for _ in range(PROCESSES)
-        ]
-        yield Workers(processes)
-        for process in processes:
-            assert process.stdin is not None
-            process.stdin.close()
-    assert [process.returncode for process in processes] == [0] * PROCESSES
+    """Start the processes once."""
+    pipes = [FORKED.Pipe() for _ in range(PROCESSES)]
+    processes = [FORKED.Process(target=main, args=[theirs]) for _, theirs in pipes]
+    for process in processes:
+        process.start()
+    yield Workers([ours for ours, _ in pipes])
+    for ours, _ in pipes:
+        ours.send(None)
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * PROCESSES
 
 
 @pytest.fixture(params=SERVERS, ids=str)
