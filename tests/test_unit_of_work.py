@@ -1,105 +1,29 @@
 """The unit of work: what a handler does to its conversation is read once and written once.
 
-Each test is an update of its own, on each driver, with a lease in the database and without.
-Whole bots are in ``test_unit_bots.py``.
+On each driver, with a lease in the database and without. Transactions are in
+``test_unit_transactions.py``, whole bots in ``test_unit_bots.py``.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
-from collections.abc import AsyncIterator, Coroutine
-from contextvars import Context
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator
 
 import pytest
 from aiogram.dispatcher.event.bases import CancelHandler, SkipHandler
-from aiogram.fsm.storage.base import StorageKey
-from backends import SERVERS, Backend
-from blocking import statements
-from conftest import Open, new_session
-from sqlalchemy.orm import Session
-
-from hybrid_storage import LockLostError, SQLAlchemyEventIsolation, SQLAlchemyStorage
-
-T = TypeVar("T")
-
-KEY = StorageKey(bot_id=42, chat_id=7, user_id=7)
-HISTORY = replace(KEY, destiny="scenes_history")
-ANOTHER = replace(KEY, chat_id=8, user_id=8)
+from backends import Backend
+from blocking import give_way, statements, until
+from conftest import Open
+from units import BEFORE, HISTORY, KEY, LEASES, Bot, running, writes
 
 
-async def outside(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Await what another task does, which has not been started by this one's update."""
-    return await Context().run(asyncio.ensure_future, coroutine)
-
-
-@dataclass
-class Bot:
-    """A storage and its isolation with a unit of work."""
-
-    storage: SQLAlchemyStorage
-    isolation: SQLAlchemyEventIsolation
-
-    def update(self, key: StorageKey = KEY) -> Any:
-        """Return what spans an update."""
-        return self.isolation.lock(key)
-
-    async def stored(self, key: StorageKey = KEY) -> tuple[str | None, dict[str, Any]]:
-        """Return what the database has, as everybody else sees it."""
-        state = await outside(self.storage.get_state(key))
-        return state, await outside(self.storage.get_data(key))
-
-    async def meanwhile(self, operation: str, *arguments: Any, key: StorageKey = KEY) -> None:
-        """Have synchronous code write to a conversation, in a session of its own."""
-        function = getattr(self.storage.operations, operation)
-
-        def write(session: Session) -> None:
-            function(session, key, *arguments)
-
-        await outside(self.storage.run_sync(write))
-
-    async def assert_free(self, key: StorageKey = KEY) -> None:
-        """Check that nobody has the lock."""
-        assert not self.isolation.still_held(key)
-
-        async def enter() -> None:
-            async with self.isolation.lock(key):
-                pass
-
-        await asyncio.wait_for(outside(enter()), 20)
-
-
-@pytest.fixture(params=[30.0, None], ids=["lease", "this process"])
-def lease(request: pytest.FixtureRequest) -> float | None:
-    """Return for how long locks last in the database, None for locks of this process only."""
-    assert request.param is None or isinstance(request.param, float)
-    return request.param
-
-
-@pytest.fixture
-async def bot(backend: Backend, open_storage: Open, lease: float | None) -> AsyncIterator[Bot]:
-    """Return a bot on each driver, with a lease and without, whose user has been here before."""
-    storage: SQLAlchemyStorage = await open_storage(backend)
-    isolation = storage.create_isolation(unit_of_work=True, lease=lease)
-    await storage.create_table()
-    await storage.set_state(KEY, "Form:name")
-    await storage.set_data(KEY, {"name": "Ada", "seen": [1]})
-    yield Bot(storage, isolation)
-    await isolation.close()
-    locks = storage.metadata.tables.get(f"{storage.table.name}_lock")
-    if locks is not None:
-        await storage.run_sync(lambda session: locks.drop(session.connection()))
-
-
-BEFORE = ("Form:name", {"name": "Ada", "seen": [1]})
-
-
-def writes(storage: SQLAlchemyStorage, seen: list[Any]) -> int:
-    """Return how many statements write to the table of conversations."""
-    pattern = re.compile(rf"(INSERT INTO|UPDATE|DELETE FROM) {storage.table.name}\b")
-    return sum(bool(pattern.search(statement)) for _, statement in seen)
+@pytest.fixture(params=LEASES.values(), ids=LEASES)
+async def bot(
+    request: pytest.FixtureRequest, backend: Backend, open_storage: Open
+) -> AsyncIterator[Bot]:
+    """Return a bot whose user has been here before."""
+    async with running(await open_storage(backend), request.param) as bot:
+        yield bot
 
 
 # Reads
@@ -214,9 +138,8 @@ async def test_a_handler_that_is_cancelled_leaves_nothing_and_frees_the_lock(bot
             await asyncio.sleep(60)
 
     task = asyncio.ensure_future(handle())
-    while not bot.isolation.still_held(KEY):
-        await asyncio.sleep(0.001)
-    await asyncio.sleep(0.01)
+    await until(lambda: bot.isolation.still_held(KEY))
+    await give_way()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
