@@ -34,7 +34,7 @@ from aiogram_dialog.widgets.text import Const, Format
 from backends import SERVERS, Backend
 from conftest import Open, rows
 
-from hybrid_storage import SQLAlchemyStorage
+from hybrid_storage import SQLAlchemyEventIsolation, SQLAlchemyStorage
 
 USER = 7
 GROUP = -1001234567890
@@ -189,8 +189,10 @@ class CityScene(Scene, state="city"):
         await self.wizard.exit()
 
 
-def scene_bot(storage: SQLAlchemyStorage) -> Dispatcher:
-    dispatcher = Dispatcher(storage=storage)
+def scene_bot(
+    storage: SQLAlchemyStorage, isolation: SQLAlchemyEventIsolation | None = None
+) -> Dispatcher:
+    dispatcher = Dispatcher(storage=storage, events_isolation=isolation)
     dispatcher.startup.register(storage.create_table)
     dispatcher.message.register(NameScene.as_handler(), Command("start"))
     SceneRegistry(dispatcher).add(NameScene, AgeScene, CityScene)
@@ -287,8 +289,10 @@ async def order(query: CallbackQuery, button: Button, manager: DialogManager) ->
     await manager.done()
 
 
-def dialog_bot(storage: SQLAlchemyStorage) -> Dispatcher:
-    dispatcher = Dispatcher(storage=storage)
+def dialog_bot(
+    storage: SQLAlchemyStorage, isolation: SQLAlchemyEventIsolation | None = None
+) -> Dispatcher:
+    dispatcher = Dispatcher(storage=storage, events_isolation=isolation)
     dispatcher.startup.register(storage.create_table)
 
     @dispatcher.message(Command("start"))
@@ -312,7 +316,7 @@ def dialog_bot(storage: SQLAlchemyStorage) -> Dispatcher:
             ),
         )
     )
-    setup_dialogs(dispatcher)
+    setup_dialogs(dispatcher, events_isolation=isolation)
     return dispatcher
 
 
