@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import random
 import socket
 import struct
 from asyncio.trsock import TransportSocket
@@ -46,6 +47,8 @@ class Proxy:
         self._clients: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self._flowing = asyncio.Event()
         self._pause = 0.0
+        self._loss = 0.0
+        self.lost = 0  # answers
 
     def __enter__(self) -> Proxy:
         self._portal = self._stack.enter_context(start_blocking_portal())
@@ -104,6 +107,18 @@ class Proxy:
         finally:
             self._pause = 0.0
 
+    @contextmanager
+    def forgetting(self, share: float) -> Iterator[None]:
+        """Lose answers: the server has done what it was told, and the client is cut off.
+
+        :param share: how many of them, from 0 to 1
+        """
+        self._loss = share
+        try:
+            yield
+        finally:
+            self._loss = 0.0
+
     async def _open(self) -> None:
         listening = socket.create_server(("127.0.0.1", self.port))
         self._listener = await asyncio.start_server(self._accept, sock=listening)
@@ -146,7 +161,7 @@ class Proxy:
             writers.append(server)
             pumps = [
                 asyncio.ensure_future(self._pump(reader, server)),
-                asyncio.ensure_future(self._pump(answers, writer)),
+                asyncio.ensure_future(self._pump(answers, writer, answers=True)),
             ]
             try:
                 await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
@@ -165,9 +180,14 @@ class Proxy:
             with suppress(OSError):
                 await each.wait_closed()
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, answers: bool = False
+    ) -> None:
         while data := await reader.read(_LITTLE if self._pause else _MUCH):
             await self._flowing.wait()
+            if answers and random.random() < self._loss:
+                self.lost += 1
+                return
             writer.write(data)
             await writer.drain()
             await asyncio.sleep(self._pause)
