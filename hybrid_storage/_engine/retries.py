@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import Context
+from functools import partial
 from typing import Any, TypeVar
 
 from sqlalchemy.exc import DBAPIError
@@ -86,17 +87,12 @@ def _retrying(seconds: float) -> dict[str, Any]:
 def warning_if_slow(seconds: float, what: object) -> Iterator[None]:
     """Log one warning if the block takes longer, while it is still at it."""
     # In a context of its own: a timer is not to keep what the caller's context holds.
-    timer = asyncio.get_running_loop().call_later(seconds, _warn, seconds, what, context=Context())
+    timer = asyncio.get_running_loop().call_later(
+        seconds,
+        partial(logger.warning, "%s has been waiting for %g s. %s", what, seconds, _MAY_BE_HELD),
+        context=Context(),
+    )
     try:
         yield
     finally:
         timer.cancel()
-
-
-def _warn(seconds: float, what: object) -> None:
-    logger.warning(
-        "%s has been waiting for %g s. %s",
-        what,
-        seconds,
-        _MAY_BE_HELD,
-    )

@@ -1,11 +1,13 @@
-"""What a database answers to a statement, whatever the driver tells."""
+"""What a database answers to a statement, and what depends on which database it is."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
-from sqlalchemy import Connection, Executable
+from sqlalchemy import Connection, Dialect, Executable
+
+D = TypeVar("D")
 
 
 class Result(NamedTuple):
@@ -38,3 +40,16 @@ def executed(
     if result.returns_rows:
         return Result(result.all(), -1)
     return Result(None, result.rowcount)
+
+
+def per_dialect(make: Callable[[Dialect], D]) -> Callable[[Connection], D]:
+    """Return a function that makes something once for each kind of database, and remembers it."""
+    made: dict[type[Dialect], D] = {}
+
+    def of(connection: Connection) -> D:
+        kind = type(connection.dialect)
+        if kind not in made:
+            made[kind] = make(connection.dialect)
+        return made[kind]
+
+    return of

@@ -10,29 +10,17 @@ statement, and right inside a transaction, be it the caller's.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
-from sqlalchemy import (
-    Connection,
-    Dialect,
-    Executable,
-    LargeBinary,
-    Select,
-    Table,
-    Update,
-    bindparam,
-    delete,
-    select,
-    update,
-)
-from sqlalchemy import cast as sql_cast
+import sqlalchemy as sa
 from sqlalchemy.dialects.mysql.base import MySQLDialect
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.orm.exc import StaleDataError
 from sqlalchemy.types import TypeDecorator
 
 from .limits import Limits
-from .results import executed
+from .results import executed, per_dialect
 from .upsert import Upsert, is_empty, telling
 
 _ATTEMPTS = 1000  # of one update_data(), before it gives up
@@ -41,33 +29,35 @@ _ATTEMPTS = 1000  # of one update_data(), before it gives up
 class Rows:
     """The reads and writes on one table."""
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: sa.Table) -> None:
         """Build the statements that are the same on every database."""
-        self.table: Table = table
+        self.table: sa.Table = table
         self.needs_transaction: bool = isinstance(table.c.data.type, TypeDecorator)
         """Whether :meth:`update_data` holds a lock from its read to its write."""
         self.keeps_time: bool = any(each.onupdate is not None for each in table.columns)
-        self._dialects: dict[type[Dialect], _Dialect] = {}
-        this_row = table.c.id == bindparam("_row")
-        self._select_state = select(table.c.state).where(this_row)
-        self.select_data: Select[Any] = select(table.c.data).where(this_row)
+        self._dialect = per_dialect(partial(_Dialect, self))
+        this_row = table.c.id == sa.bindparam("_row")
+        self._select_state = sa.select(table.c.state).where(this_row)
+        self.select_data: sa.Select[Any] = sa.select(table.c.data).where(this_row)
         self._select_data_locked = self.select_data.with_for_update()
-        self._touch = update(table).where(this_row).values(id=table.c.id)
-        self.unset_state: Update = update(table).where(this_row).values(state=None)
-        self.unset_data: Update = update(table).where(this_row).values(data="")
-        self.replace_data: Update = update(table).where(this_row).values(data=bindparam("_value"))
-        self._delete = delete(table).where(this_row)
+        self._touch = sa.update(table).where(this_row).values(id=table.c.id)
+        self.unset_state: sa.Update = sa.update(table).where(this_row).values(state=None)
+        self.unset_data: sa.Update = sa.update(table).where(this_row).values(data="")
+        self.replace_data: sa.Update = (
+            sa.update(table).where(this_row).values(data=sa.bindparam("_value"))
+        )
+        self._delete = sa.delete(table).where(this_row)
         self._delete_empty = self._delete.where(table.c.state.is_(None), is_empty(table.c.data))
 
-    def get_state(self, connection: Connection, row: str) -> str | None:
+    def get_state(self, connection: sa.Connection, row: str) -> str | None:
         """Return the state, None if there is none."""
         return self._read(connection, self._select_state, row)
 
-    def get_data(self, connection: Connection, row: str) -> str | None:
+    def get_data(self, connection: sa.Connection, row: str) -> str | None:
         """Return the data's text, None or an empty string if there is none."""
         return self._read(connection, self.select_data, row)
 
-    def set_state(self, connection: Connection, row: str, state: str | None) -> None:
+    def set_state(self, connection: sa.Connection, row: str, state: str | None) -> None:
         """Set the state; None removes it, and the row with it if there is no data."""
         dialect = self._dialect(connection)
         dialect.limits.check(connection, row, state)
@@ -76,7 +66,7 @@ class Rows:
         else:
             self._unset(connection, dialect.unset_state, row)
 
-    def set_data(self, connection: Connection, row: str, data: str) -> None:
+    def set_data(self, connection: sa.Connection, row: str, data: str) -> None:
         """Set the data; an empty string removes it, and the row with it if there is no state."""
         dialect = self._dialect(connection)
         dialect.limits.check(connection, row, data)
@@ -85,13 +75,13 @@ class Rows:
         else:
             self._unset(connection, dialect.unset_data, row)
 
-    def clear(self, connection: Connection, row: str) -> None:
+    def clear(self, connection: sa.Connection, row: str) -> None:
         """Remove the row."""
         self._dialect(connection).limits.check_text(row)
         executed(connection, self._delete, {"_row": row})
 
     def update_data(
-        self, connection: Connection, row: str, merge: Callable[[str | None], str]
+        self, connection: sa.Connection, row: str, merge: Callable[[str | None], str]
     ) -> None:
         """Replace the data by what ``merge`` makes of it: read, then compare-and-set.
 
@@ -126,7 +116,7 @@ class Rows:
         )
 
     def _update_locked(
-        self, connection: Connection, row: str, merge: Callable[[str | None], str]
+        self, connection: sa.Connection, row: str, merge: Callable[[str | None], str]
     ) -> None:
         # A type that encrypts may write another text each time, which nothing can be compared with.
         dialect = self._dialect(connection)
@@ -140,18 +130,18 @@ class Rows:
             if dialect.data.set_if_empty(connection, row, new):
                 return
 
-    def check(self, connection: Connection, row: str, *texts: str | None) -> None:
+    def check(self, connection: sa.Connection, row: str, *texts: str | None) -> None:
         """Refuse a key and texts that the database would not take, or not keep as they are.
 
         :raises ValueError: if the database cannot hold one of them, or all are too much at once
         """
         self._dialect(connection).limits.check(connection, row, *texts)
 
-    def _read(self, connection: Connection, statement: Executable, row: str) -> str | None:
+    def _read(self, connection: sa.Connection, statement: sa.Executable, row: str) -> str | None:
         self._dialect(connection).limits.check_text(row)
         return cast("str | None", executed(connection, statement, {"_row": row}).scalar())
 
-    def _unset(self, connection: Connection, statement: Executable, row: str) -> None:
+    def _unset(self, connection: sa.Connection, statement: sa.Executable, row: str) -> None:
         # First the column, then the row if nothing is left in it. The other way round, two
         # clients that unset one column each would both find the other's, and leave an empty row.
         result = executed(connection, statement, {"_row": row})
@@ -162,7 +152,9 @@ class Rows:
         if may_be_empty:
             executed(connection, self._delete_empty, {"_row": row})
 
-    def _compare_and_set(self, connection: Connection, row: str, old: str | None, new: str) -> bool:
+    def _compare_and_set(
+        self, connection: sa.Connection, row: str, old: str | None, new: str
+    ) -> bool:
         dialect = self._dialect(connection)
         dialect.limits.check(connection, row, new, old)
         if not old:
@@ -170,34 +162,27 @@ class Rows:
         parameters = {"_row": row, "_old": dialect.comparable(old), "_value": new}
         return executed(connection, dialect.compare_and_set, parameters).found()
 
-    def _dialect(self, connection: Connection) -> _Dialect:
-        kind = type(connection.dialect)
-        dialect = self._dialects.get(kind)
-        if dialect is None:
-            dialect = self._dialects[kind] = _Dialect(self, connection.dialect)
-        return dialect
-
 
 class _Dialect:
     """What differs from one kind of database to another."""
 
-    def __init__(self, rows: Rows, dialect: Dialect) -> None:
+    def __init__(self, rows: Rows, dialect: sa.Dialect) -> None:
         data = rows.table.c.data
         self.limits = Limits(rows.table, dialect)
         self.locks_by_writing = isinstance(dialect, SQLiteDialect)
         self._by_bytes = isinstance(dialect, MySQLDialect)
         self.state = Upsert(rows.table, "state", dialect)
         self.data = Upsert(rows.table, "data", dialect)
-        self.unset_state: Executable = rows.unset_state
-        self.unset_data: Executable = rows.unset_data
+        self.unset_state: sa.Executable = rows.unset_state
+        self.unset_data: sa.Executable = rows.unset_data
         if dialect.update_returning:
             self.unset_state = rows.unset_state.returning(data)
             self.unset_data = rows.unset_data.returning(rows.table.c.state)
         # MySQL's "=" goes by the collation, which may ignore case and trailing blanks.
         unchanged = (
-            sql_cast(data, LargeBinary) == bindparam("_old", type_=LargeBinary)
+            sa.cast(data, sa.LargeBinary) == sa.bindparam("_old", type_=sa.LargeBinary)
             if self._by_bytes
-            else data == bindparam("_old")
+            else data == sa.bindparam("_old")
         )
         self.compare_and_set = telling(rows.replace_data.where(unchanged), rows.table, dialect)
 

@@ -2,83 +2,79 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import (
-    ColumnDefault,
-    ColumnElement,
-    Connection,
-    Dialect,
-    Executable,
-    Insert,
-    Table,
-    Update,
-    bindparam,
-    func,
-    insert,
-    or_,
-    update,
-)
-from sqlalchemy.dialects.mysql import insert as mysql_insert
+import sqlalchemy as sa
+from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.dialects.mysql.base import MySQLDialect
-from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.postgresql.base import PGDialect
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.exc import IntegrityError
 
 from .results import executed
 
 
-def is_empty(column: ColumnElement[str | None]) -> ColumnElement[bool]:
+def is_empty(column: sa.ColumnElement[str | None]) -> sa.ColumnElement[bool]:
     """Return the condition under which a data column stands for no data."""
-    return or_(column.is_(None), column == "")
+    return sa.or_(column.is_(None), column == "")
 
 
-def telling(statement: Insert | Update, table: Table, dialect: Dialect) -> Executable:
+def native_insert(
+    dialect: sa.Dialect,
+) -> Callable[[sa.Table], postgresql.Insert | sqlite.Insert] | None:
+    """Return the dialect's own ``insert()``, with ON CONFLICT; None where there is no such thing.
+
+    MySQL's, ``mysql.insert()``, has ON DUPLICATE KEY, which knows no conditions.
+    """
+    if isinstance(dialect, PGDialect):
+        return postgresql.insert
+    return sqlite.insert if isinstance(dialect, SQLiteDialect) else None
+
+
+def telling(
+    statement: sa.Insert | sa.Update, table: sa.Table, dialect: sa.Dialect
+) -> sa.Executable:
     """Return a conditional write whose answer tells whether it found its condition true.
 
     Not every driver counts rows, or still knows how many there were when it is asked.
     """
-    is_insert = isinstance(statement, Insert)
+    is_insert = isinstance(statement, sa.Insert)
     returns = dialect.insert_returning if is_insert else dialect.update_returning
     return statement.returning(table.c.id) if returns else statement
 
 
-def _on_update(table: Table) -> dict[str, Any]:
+def _on_update(table: sa.Table) -> dict[str, Any]:
     # A model of the user's may have a column such as updated_at=mapped_column(onupdate=...):
     # SQLAlchemy sees to those in an UPDATE, but not in the UPDATE half of an upsert.
     return {
         column.key: column.onupdate.arg
         for column in table.columns
-        if isinstance(column.onupdate, ColumnDefault) and not column.onupdate.is_callable
+        if isinstance(column.onupdate, sa.ColumnDefault) and not column.onupdate.is_callable
     }
 
 
 class Upsert:
     """Sets one column of the row with a given id, and makes the row where there is none."""
 
-    def __init__(self, table: Table, column: str, dialect: Dialect) -> None:
+    def __init__(self, table: sa.Table, column: str, dialect: sa.Dialect) -> None:
         """Build the statements."""
-        self._always: Insert | None = None
-        self._if_empty: Executable | None = None
+        self._always: sa.Insert | None = None
+        self._if_empty: sa.Executable | None = None
         # MySQL counts 1 for a row inserted and for one found as it was.
         self._tells = not isinstance(dialect, MySQLDialect)
-        values: dict[str, Any] = {"id": bindparam("_row"), column: bindparam("_value")}
+        values: dict[str, Any] = {"id": sa.bindparam("_row"), column: sa.bindparam("_value")}
         # An onupdate that is a function of Python's is called for an UPDATE only.
         self._updates_first = any(
-            isinstance(column.onupdate, ColumnDefault) and column.onupdate.is_callable
+            isinstance(column.onupdate, sa.ColumnDefault) and column.onupdate.is_callable
             for column in table.columns
         )
-        self._insert = insert(table).values(values)
-        self._update = (
-            update(table)
-            .where(table.c.id == bindparam("_row"))
-            .values({column: bindparam("_value")})
-        )
+        self._insert = sa.insert(table).values(values)
+        this_row = table.c.id == sa.bindparam("_row")
+        self._update = sa.update(table).where(this_row).values({column: sa.bindparam("_value")})
         self._update_if_empty = self._update.where(is_empty(table.c[column]))
-        if isinstance(dialect, (PGDialect, SQLiteDialect)):
-            native = postgresql_insert if isinstance(dialect, PGDialect) else sqlite_insert
+        native = native_insert(dialect)
+        if native is not None:
             new = native(table).values(values)
             changes = {column: new.excluded[column], **_on_update(table)}
             self._always = new.on_conflict_do_update(index_elements=["id"], set_=changes)
@@ -87,14 +83,14 @@ class Upsert:
             )
             self._if_empty = telling(if_empty, table, dialect)
         elif isinstance(dialect, MySQLDialect):
-            row = mysql_insert(table).values(values)
+            row = mysql.insert(table).values(values)
             value, old = row.inserted[column], table.c[column]
             changes = _on_update(table)
             self._always = row.on_duplicate_key_update({column: value, **changes})
-            filled = func.if_(is_empty(old), value, old)
+            filled = sa.func.if_(is_empty(old), value, old)
             self._if_empty = row.on_duplicate_key_update({column: filled, **changes})
 
-    def set(self, connection: Connection, row: str, value: str) -> None:
+    def set(self, connection: sa.Connection, row: str, value: str) -> None:
         """Set the column to a value."""
         parameters = {"_row": row, "_value": value}
         if self._always is not None:
@@ -104,7 +100,7 @@ class Upsert:
             # Lost a race for the first write: now there is a row to update.
             executed(connection, self._update, parameters)
 
-    def set_if_empty(self, connection: Connection, row: str, value: str) -> bool:
+    def set_if_empty(self, connection: sa.Connection, row: str, value: str) -> bool:
         """Set the column only if it holds nothing so far."""
         parameters = {"_row": row, "_value": value}
         if self._if_empty is None:
@@ -114,7 +110,7 @@ class Upsert:
         return _finds(connection, self._if_empty, parameters) and self._tells
 
     def _update_or_insert(
-        self, connection: Connection, statement: Executable, parameters: dict[str, Any]
+        self, connection: sa.Connection, statement: sa.Executable, parameters: dict[str, Any]
     ) -> bool:
         if _finds(connection, statement, parameters):
             return True
@@ -126,5 +122,5 @@ class Upsert:
         return True
 
 
-def _finds(connection: Connection, statement: Executable, parameters: dict[str, Any]) -> bool:
+def _finds(connection: sa.Connection, statement: sa.Executable, parameters: dict[str, Any]) -> bool:
     return executed(connection, statement, parameters).found()
