@@ -18,7 +18,7 @@ from aiogram.types import Message
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase
 
-from hybrid_storage import SQLAlchemyStorage
+from hybrid_storage import FlushMiddleware, SQLAlchemyStorage
 
 
 class Base(DeclarativeBase):
@@ -28,7 +28,9 @@ class Base(DeclarativeBase):
 url = os.getenv("DATABASE_URL")
 SessionLocal = async_sessionmaker(create_async_engine(url or "sqlite+aiosqlite:///form_bot.db"))
 storage = SQLAlchemyStorage(SessionLocal, Base)
-dp = Dispatcher(storage=storage)
+# One handler at a time per user; leave out lease=None if several processes run this bot.
+isolation = storage.create_isolation(lease=None, unit_of_work=True)
+dp = Dispatcher(storage=storage, events_isolation=isolation)
 dp.startup.register(storage.create_table)
 
 
@@ -83,6 +85,9 @@ async def explain(message: Message) -> None:
 async def main() -> None:
     server = TelegramAPIServer.from_base(os.getenv("BOT_API_URL", "https://api.telegram.org"))
     bot = Bot(os.environ["BOT_TOKEN"], session=AiohttpSession(api=server))
+    # Writes before each answer: a user who reads a question can answer it, whatever happens to
+    # this process.
+    bot.session.middleware(FlushMiddleware(storage))
     await dp.start_polling(bot)
 
 
