@@ -10,10 +10,12 @@ from aiogram.fsm.context import FSMContext
 from aiogram.fsm.state import State, StatesGroup
 from aiogram.types import Message
 
-from .shop.orders import PaymentRefused, money, pay, place_order, price_list, total
-from .storage import BOT_TOKEN, call, storage
+from hybrid_storage import FlushMiddleware
 
-dp = Dispatcher(storage=storage)
+from .shop.orders import PaymentRefused, money, pay, place_order, price_list, total
+from .storage import BOT_TOKEN, call, isolation, storage
+
+dp = Dispatcher(storage=storage, events_isolation=isolation)
 dp.startup.register(storage.create_table)
 
 
@@ -95,6 +97,8 @@ async def poll(api_url: str, *, handle_signals: bool = True) -> None:
     :param handle_signals: whether SIGINT and SIGTERM stop it; False outside of the main thread
     """
     bot = Bot(BOT_TOKEN, session=AiohttpSession(api=TelegramAPIServer.from_base(api_url)))
+    # No user gets a question whose state is not in the database.
+    bot.session.middleware(FlushMiddleware(storage))
     # Not as tasks: an update is then confirmed only after its transaction has ended, and comes
     # again if the process dies before. One whose payment was committed then finds Checkout.paid.
     await dp.start_polling(bot, handle_as_tasks=False, handle_signals=handle_signals)

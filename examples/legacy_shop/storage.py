@@ -15,6 +15,8 @@ from .shop.database import Base, Session
 BOT_TOKEN = os.getenv("BOT_TOKEN", "42:stand-in")
 
 storage = SQLAlchemyStorage(Session, Base, "conversation")
+# The bot has one process. Leave out lease=None if you run several.
+isolation = storage.create_isolation(lease=None, unit_of_work=True)
 
 
 async def call(function: Callable[..., Any], *args: Any) -> Any:

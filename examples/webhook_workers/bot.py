@@ -26,7 +26,7 @@ from hybrid_storage import SessionMiddleware, SQLAlchemyStorage
 from .tables import Base, SessionLocal, Step, engine
 
 storage: SQLAlchemyStorage[Session] = SQLAlchemyStorage(SessionLocal, Base)
-isolation = storage.create_isolation()
+isolation = storage.create_isolation(unit_of_work=True)
 
 # Only to show what it is good for.
 is_isolated = os.getenv("ISOLATION") != "off"
