@@ -216,6 +216,8 @@ class UnitOfWork:
 
     @property
     def _row(self) -> str:
+        if not self.rows and self._hold is not None:  # all has been written, and forgotten
+            return self._hold.fence.row
         return next(iter(self.rows))
 
 
