@@ -12,19 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import Connection, Dialect, Table
 from sqlalchemy.dialects.mysql import insert as mysql_insert
 from sqlalchemy.dialects.mysql.base import MySQLDialect
-from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 
 from .changes import Texts
-from .results import executed
+from .results import executed, per_dialect
+from .upsert import native_insert
 
 NOBODY = ""  # the owner of a free lock
 
@@ -61,8 +62,7 @@ class Leases:
         :param beside: the table of conversations, which is read along
         """
         self.table: Table = table
-        self._beside = beside
-        self._dialects: dict[type[Dialect], _Dialect] = {}
+        self._dialect = per_dialect(partial(_Dialect, self, beside))
         columns = table.c
         self._owner_of = sa.select(columns.owner, columns.version).where(
             columns.id == sa.bindparam("_row")
@@ -150,13 +150,6 @@ class Leases:
             executed(connection, dialect.delete_old, {"_rows": rows, "_age": age})
         return len(rows)
 
-    def _dialect(self, connection: Connection) -> _Dialect:
-        kind = type(connection.dialect)
-        dialect = self._dialects.get(kind)
-        if dialect is None:
-            dialect = self._dialects[kind] = _Dialect(self, self._beside, connection.dialect)
-        return dialect
-
 
 class _Dialect:
     """What differs from one kind of database to another."""
@@ -187,8 +180,7 @@ class _Dialect:
                 ]
             )
         else:
-            native = postgresql_insert if isinstance(dialect, PGDialect) else sqlite_insert
-            row = native(table).values(values)
+            row = (native_insert(dialect) or sqlite_insert)(table).values(values)
             self.acquire = row.on_conflict_do_update(
                 index_elements=["id"],
                 set_={
