@@ -87,11 +87,18 @@ class Leases:
             rows = executed(connection, dialect.at_once[bool(wanted)], parameters).rows or ()
             version, seen = rows[0][:2]
         else:
-            executed(connection, dialect.acquire, parameters)
+            answer = executed(connection, dialect.acquire, parameters)
             parameters = {"_row": row, "_wanted": list(wanted)}
-            rows = executed(connection, dialect.read, parameters).rows or ()
             # Read after the upsert has locked the row, or not taken.
-            version, seen = (rows[0][0], rows[0][0] - 1) if rows[0][1] == owner else (None, 0)
+            if answer.rows is None:
+                rows = executed(connection, dialect.read, parameters).rows or ()
+                version, seen = (rows[0][0], rows[0][0] - 1) if rows[0][1] == owner else (None, 0)
+            else:
+                version = answer.scalar()
+                seen = (version or 1) - 1
+                rows = ()
+                if version is not None and wanted:
+                    rows = executed(connection, dialect.read, parameters).rows or ()
         if version is None:
             return None
         there = {each[-3]: Texts(*each[-2:]) for each in rows if each[-3] is not None}
@@ -181,7 +188,7 @@ class _Dialect:
             )
         else:
             row = (native_insert(dialect) or sqlite_insert)(table).values(values)
-            self.acquire = row.on_conflict_do_update(
+            upsert = row.on_conflict_do_update(
                 index_elements=["id"],
                 set_={
                     "owner": row.excluded.owner,
@@ -190,9 +197,11 @@ class _Dialect:
                 },
                 where=free,
             )
+            returns = dialect.insert_returning
+            self.acquire = upsert.returning(columns.version) if returns else upsert
             if isinstance(dialect, PGDialect):
                 self.at_once = {
-                    is_fenced: _acquire_and_read(self.acquire, table, beside, waits=not is_fenced)
+                    is_fenced: _acquire_and_read(upsert, table, beside, waits=not is_fenced)
                     for is_fenced in (False, True)
                 }
         wanted = beside.c.id.in_(sa.bindparam("_wanted", expanding=True))
