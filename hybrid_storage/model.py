@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any, ClassVar, Protocol, TypeAlias, TypeGuard, cast
 from weakref import WeakKeyDictionary, ref
 
-from sqlalchemy import JSON, BigInteger, Column, Double, MetaData, String, Table
+from aiogram.fsm.state import State
+from sqlalchemy import JSON, BigInteger, Column, ColumnElement, Double, MetaData, String, Table
 from sqlalchemy.dialects import mysql
 from sqlalchemy.orm import (
     Mapped,
@@ -17,6 +18,7 @@ from sqlalchemy.orm import (
     declarative_base,
     mapped_column,
 )
+from sqlalchemy.sql.operators import OperatorType
 from sqlalchemy.types import TypeEngine
 
 # The models declared for tables. Not in Table.info: Alembic writes that into its migrations.
@@ -26,6 +28,26 @@ _models: WeakKeyDictionary[Table, ref[type[FSMData]]] = WeakKeyDictionary()
 _UTF8 = {"charset": "utf8mb4", "collation": "utf8mb4_bin"}
 _Key: TypeEngine[str] = String().with_variant(mysql.VARCHAR(255, **_UTF8), "mysql", "mariadb")
 _Text: TypeEngine[str] = String().with_variant(mysql.LONGTEXT(**_UTF8), "mysql", "mariadb")
+
+
+class _Comparator(String.Comparator[str]):
+    """Compares the state's column with states of aiogram's, too, by their names."""
+
+    def operate(self, op: OperatorType, *other: Any, **kwargs: Any) -> ColumnElement[Any]:
+        return super().operate(op, *map(_name_of, other), **kwargs)
+
+
+def _name_of(value: object) -> object:
+    if isinstance(value, State):
+        return value.state
+    if isinstance(value, (list, tuple, set, frozenset)):  # for in_()
+        return [_name_of(each) for each in value]
+    return value
+
+
+# Of this one object: migrations would have to import a type of our own.
+_StateText: TypeEngine[str] = _Text.copy()
+_StateText.comparator_factory = _Comparator
 
 
 class FSMData:
@@ -40,7 +62,7 @@ class FSMData:
 
     id: Mapped[str] = mapped_column(_Key, primary_key=True)
     """The key, as the key builder writes it."""
-    state: Mapped[str | None] = mapped_column(_Text, nullable=True)
+    state: Mapped[str | None] = mapped_column(_StateText, nullable=True)
     """The state's name; NULL for none."""
     data: Mapped[str | None] = mapped_column(_Text, nullable=True)
     """The data as JSON text; NULL and the empty string stand for ``{}``."""

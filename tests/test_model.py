@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiogram.fsm.state import State, StatesGroup
 from aiogram.fsm.storage.base import KeyBuilder, StorageKey
 from backends import SERVERS, SQLITE, Backend
 from conftest import Open, rows
@@ -563,6 +564,39 @@ async def test_the_model_serves_queries_of_ones_own(
     third = StorageKey(bot_id=42, chat_id=2, user_id=2)
     assert await storage.get_state(third) == "form:name"
     assert await storage.get_data(third) == {}
+
+
+class Form(StatesGroup):
+    name = State()
+    age = State()
+
+
+@on_every_server
+async def test_queries_compare_the_state_with_states(
+    backend: Backend, open_storage: Open, key: StorageKey
+) -> None:
+    storage = await open_storage(backend)
+    model: Any = storage.model
+    await storage.set_state(key, Form.name)
+
+    def look(session: Session) -> list[int]:
+        wheres = [
+            model.state == Form.name,
+            model.state == Form.age,
+            model.state != Form.age,
+            model.state.in_([Form.name, Form.age]),
+            model.state == State(),  # none
+        ]
+        return [len(session.scalars(select(model).where(where)).all()) for where in wheres]
+
+    assert await storage.run_sync(look) == [1, 0, 1, 1, 0]
+
+
+def test_migrations_need_not_import_the_states_type() -> None:
+    model: Any = declare_model(MetaData(), "fsm")
+    state, data = model.__table__.c.state, model.__table__.c.data
+    assert type(state.type) is type(data.type) is String
+    assert repr(state.type) == repr(data.type)
 
 
 # A table that was there before

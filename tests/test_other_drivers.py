@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from aiogram.fsm.storage.base import StorageKey
-from backends import Backend, mysql_version
+from backends import SERVERS, Backend, mysql_version
 from blocking import locked
-from conftest import Open, engine_of, every_call
+from conftest import Open, engine_of, every_call, rows
 from sqlalchemy import URL, event
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
 
 from hybrid_storage import SQLAlchemyStorage
 
@@ -76,6 +78,36 @@ async def test_transactions_and_isolation_work(
     assert (await storage.get_state(key), await storage.get_state(other)) == (None, None)
     lock = storage.metadata.tables[f"{storage.table.name}_lock"]
     await storage.run_sync(lambda session: lock.drop(session.connection()))
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["commit", "rollback"])
+@pytest.mark.parametrize("backend", [*SERVERS, *DRIVERS], ids=str)
+async def test_functions_that_commit_do_not_split_a_transaction(
+    backend: Backend, opened: Opened, key: StorageKey, fails: bool
+) -> None:
+    storage = await opened(backend)
+    model: Any = storage.model
+
+    def insert(session: Session, row: str) -> None:
+        session.add(model(id=row))
+        session.commit()
+        session.add(model(id=f"{row}, undone"))
+        session.flush()
+        session.rollback()
+
+    try:
+        async with storage.transaction():
+            await storage.run_sync(insert, "a")
+            with pytest.raises(ZeroDivisionError):
+                async with storage.transaction():
+                    await storage.run_sync(insert, "nested")
+                    raise ZeroDivisionError
+            await storage.run_sync(insert, "b")
+            if fails:
+                raise ZeroDivisionError
+    except ZeroDivisionError:
+        pass
+    assert [row[0] for row in await rows(storage)] == ([] if fails else ["a", "b"])
 
 
 @pytest.mark.parametrize("backend", DRIVERS, ids=str)
