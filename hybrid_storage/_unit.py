@@ -152,8 +152,9 @@ class UnitOfWork:
 
         async def attempt() -> Outcome:
             nonlocal is_unsure
-            if is_unsure and ends and self._hold is not None:
-                answer = await self._lost_answer(self._hold)
+            hold = self._hold if is_unsure and ends else None
+            if hold is not None:
+                answer = await self._lost_answer(hold)
                 if answer is not None:
                     return answer
             is_unsure = True
@@ -169,6 +170,9 @@ class UnitOfWork:
                     if not is_serialization_failure(error):
                         raise
                     outcome = Outcome.CONFLICT
+                if outcome is Outcome.LOST and hold is not None:
+                    # The write whose answer was lost was still under way, and came first.
+                    return await self._lost_answer(hold) or outcome
                 if outcome is not Outcome.CONFLICT:
                     return outcome
                 call = on_top
