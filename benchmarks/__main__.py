@@ -22,11 +22,12 @@ from .measure import SMOKE, Run, Scale
 from .plots import draw
 from .report import tables
 from .results import Results
+from .updates import updates
 
 SECTIONS: dict[str, Callable[[Run], Coroutine[Any, Any, None]]] = {
+    "updates": updates,
     "trips": Run.trips,
     "operations": Run.operations,
-    "bots": Run.bots,
     "network": Run.network,
     "rows": Run.rows,
     "data": Run.data,

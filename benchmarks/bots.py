@@ -1,19 +1,20 @@
-"""Two bots, and users who talk to them: updates pass a real dispatcher, answers go nowhere."""
+"""Four bots, and users who talk to them: updates pass a real dispatcher, answers go nowhere."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 from aiogram import Bot, Dispatcher, F
 from aiogram.client.session.base import BaseSession
 from aiogram.dispatcher.event.bases import UNHANDLED
-from aiogram.filters import Command
+from aiogram.filters import Command, StateFilter
+from aiogram.fsm.context import FSMContext
 from aiogram.fsm.scene import Scene, SceneRegistry, on
 from aiogram.fsm.state import State, StatesGroup
-from aiogram.fsm.storage.base import BaseStorage, StorageKey
+from aiogram.fsm.storage.base import BaseEventIsolation, BaseStorage, StorageKey
 from aiogram.methods import AnswerCallbackQuery, TelegramMethod
 from aiogram.methods.base import TelegramType
 from aiogram.types import CallbackQuery, Message, Update
@@ -91,6 +92,20 @@ class AgeScene(Scene, state="age"):
         await self.wizard.exit()
 
 
+class Form(StatesGroup):
+    """The questions of the form."""
+
+    name = State()
+    age = State()
+    city = State()
+    drink = State()
+
+
+FORM = {None: Form.name, "Form:name": Form.age, "Form:age": Form.city, "Form:city": Form.drink}
+FORM["Form:drink"] = None
+"""What comes after a state."""
+
+
 class Order(StatesGroup):
     """The windows of the dialog."""
 
@@ -111,15 +126,60 @@ async def _start(message: Message, dialog_manager: DialogManager) -> None:
     await dialog_manager.start(Order.drink, mode=StartMode.RESET_STACK)
 
 
-def _scene_bot(storage: BaseStorage) -> Dispatcher:
-    dispatcher = Dispatcher(storage=storage)
+@dataclass(frozen=True)
+class Bots:
+    """A contender's bots: all work on one storage, with one isolation."""
+
+    storage: BaseStorage
+    isolation: BaseEventIsolation
+    _users: dict[str, Users] = field(default_factory=dict)
+
+    def users_of(self, build: Callable[[Bots], Dispatcher]) -> Users:
+        """Return those who talk to the bot that a function builds."""
+        users = self._users.get(build.__name__)
+        if users is None:
+            users = self._users[build.__name__] = Users(build(self))
+        return users
+
+    def dispatcher(self) -> Dispatcher:
+        """Return a new dispatcher."""
+        return Dispatcher(storage=self.storage, events_isolation=self.isolation)
+
+
+def _step_bot(bots: Bots) -> Dispatcher:
+    dispatcher = bots.dispatcher()
+
+    async def count(message: Message, state: FSMContext) -> None:
+        seen = (await state.get_data()).get("seen", 0)
+        await state.update_data(seen=seen + 1)
+        await state.set_state(Form.name)
+
+    dispatcher.message.register(count)
+    return dispatcher
+
+
+def _form_bot(bots: Bots) -> Dispatcher:
+    dispatcher = bots.dispatcher()
+
+    async def take(message: Message, state: FSMContext, raw_state: str | None) -> None:
+        await state.update_data({str(raw_state): message.text})
+        await state.set_state(FORM[raw_state])
+        await message.answer("Thank you. And?")
+
+    for each in (None, Form.name, Form.age, Form.city, Form.drink):
+        dispatcher.message.register(take, StateFilter(each))
+    return dispatcher
+
+
+def _scene_bot(bots: Bots) -> Dispatcher:
+    dispatcher = bots.dispatcher()
     dispatcher.message.register(NameScene.as_handler(), Command("start"))
     SceneRegistry(dispatcher).add(NameScene, AgeScene)
     return dispatcher
 
 
-def _dialog_bot(storage: BaseStorage) -> Dispatcher:
-    dispatcher = Dispatcher(storage=storage)
+def _dialog_bot(bots: Bots) -> Dispatcher:
+    dispatcher = bots.dispatcher()
     dispatcher.message.register(_start, Command("start"))
     drinks = Window(
         Const("What would you like?"),
@@ -133,7 +193,7 @@ def _dialog_bot(storage: BaseStorage) -> Dispatcher:
         state=Order.confirm,
     )
     dispatcher.include_router(Dialog(drinks, confirm))
-    setup_dialogs(dispatcher)
+    setup_dialogs(dispatcher, events_isolation=bots.isolation)
     return dispatcher
 
 
@@ -168,26 +228,34 @@ class Users:
         assert answer is not UNHANDLED
 
 
-_users: WeakKeyDictionary[BaseStorage, dict[str, Users]] = WeakKeyDictionary()
+async def talk_to_step_bot(bots: Bots, key: StorageKey) -> None:
+    """Send one message."""
+    await bots.users_of(_step_bot).say(_own(key, 1), "Hello")
 
 
-def _users_of(storage: BaseStorage, build: Callable[[BaseStorage], Dispatcher]) -> Users:
-    users = _users.setdefault(storage, {})
-    if build.__name__ not in users:
-        users[build.__name__] = Users(build(storage))
-    return users[build.__name__]
+async def talk_to_form_bot(bots: Bots, key: StorageKey) -> None:
+    """Fill in the form in five messages."""
+    users, key = bots.users_of(_form_bot), _own(key, 2)
+    for _ in range(5):
+        await users.say(key, f"Ada {next(_numbers)}")
 
 
-async def talk_to_scene_bot(storage: BaseStorage, key: StorageKey) -> None:
+async def talk_to_scene_bot(bots: Bots, key: StorageKey) -> None:
     """Go through the scenes in five messages."""
-    users = _users_of(storage, _scene_bot)
+    users, key = bots.users_of(_scene_bot), _own(key, 3)
     for text in ("/start", "Ada", "back", "Eve", "36"):
         await users.say(key, text)
 
 
-async def talk_to_dialog_bot(storage: BaseStorage, key: StorageKey) -> None:
+async def talk_to_dialog_bot(bots: Bots, key: StorageKey) -> None:
     """Go through the dialog in one message and four clicks."""
-    users = _users_of(storage, _dialog_bot)
+    users, key = bots.users_of(_dialog_bot), _own(key, 4)
     await users.say(key, "/start")
     for label in ("Tea", "Back", "Tea", "Yes"):
         await users.click(key, label)
+
+
+def _own(key: StorageKey, bot: int) -> StorageKey:
+    """Return a key that the other bots do not share."""
+    number = 10 * key.user_id + bot
+    return replace(key, chat_id=number, user_id=number)

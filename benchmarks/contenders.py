@@ -168,6 +168,7 @@ def created_table(url: URL, table: str) -> Iterator[None]:
     name = url.get_backend_name()
     engine = create_engine(_driven(url, table, SYNCHRONOUS[name]))
     storage = SQLAlchemyStorage(sessionmaker(engine), table_name=table)
+    storage.create_isolation()  # whose table belongs to it
     storage.metadata.drop_all(engine)
     storage.metadata.create_all(engine)
     engine.dispose()

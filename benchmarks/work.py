@@ -1,18 +1,18 @@
-"""What the contenders do: single calls, the typical step, and updates of whole bots."""
+"""What the contenders do: single calls, and the typical step."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from aiogram.fsm.context import FSMContext
 from aiogram.fsm.storage.base import BaseStorage, StorageKey
 
-from .bots import talk_to_dialog_bot, talk_to_scene_bot
-
-Act = Callable[[BaseStorage, StorageKey], Awaitable[object]]
+Subject = TypeVar("Subject")
+"""Whom the work is done with: a storage, or a contender's bots."""
+Act: TypeAlias = Callable[[Subject, StorageKey], Awaitable[object]]
 
 STATE = "Form:address"
 DATA = {"name": "Ada Lovelace", "phone": "+44 20 7946 0000", "items": [1, 2, 3], "confirmed": False}
@@ -32,7 +32,7 @@ async def fill(storage: BaseStorage, key: StorageKey) -> None:
 
 
 @dataclass(frozen=True)
-class Work:
+class Work(Generic[Subject]):
     """Something to do with a conversation.
 
     ``prepare`` is done before, outside the measured time; ``units`` is how many operations,
@@ -40,13 +40,13 @@ class Work:
     """
 
     name: str
-    act: Act
-    prepare: Act | None = None
+    act: Act[Subject]
+    prepare: Act[Subject] | None = None
     units: int = 1
 
-    def suits(self, storage: BaseStorage) -> bool:
+    def suits(self, subject: Subject) -> bool:
         """Tell whether a storage can do it."""
-        return self.name != "storage.clear" or hasattr(storage, "clear")
+        return self.name != "storage.clear" or hasattr(subject, "clear")
 
 
 async def _clear(storage: Any, key: StorageKey) -> None:
@@ -61,7 +61,7 @@ async def _step(storage: BaseStorage, key: StorageKey) -> None:
 
 
 # The first two leave no row, the next two make it again for those that follow.
-OPERATIONS = [
+OPERATIONS: list[Work[BaseStorage]] = [
     Work("storage.clear", _clear, fill),
     Work("FSMContext.clear", lambda storage, key: FSMContext(storage, key).clear(), fill),
     Work("set_state", lambda storage, key: storage.set_state(key, STATE)),
@@ -71,18 +71,14 @@ OPERATIONS = [
     Work("update_data", lambda storage, key: storage.update_data(key, {"seen": next(_numbers)})),
     Work("step", _step),
 ]
-BOTS = [
-    Work("scene bot", talk_to_scene_bot, units=5),
-    Work("dialog bot", talk_to_dialog_bot, units=5),
-]
 
 
-def named(works: Iterable[Work], *names: str) -> list[Work]:
+def named(works: Iterable[Work[Subject]], *names: str) -> list[Work[Subject]]:
     """Return the works with these names."""
     return [work for work in works if work.name in names]
 
 
-def on_data(size: int) -> list[Work]:
+def on_data(size: int) -> list[Work[BaseStorage]]:
     """Return the works on data of about a size in bytes."""
     data = {"text": "x" * size}
     return [
