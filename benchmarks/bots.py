@@ -101,8 +101,13 @@ class Form(StatesGroup):
     drink = State()
 
 
-FORM = {None: Form.name, "Form:name": Form.age, "Form:age": Form.city, "Form:city": Form.drink}
-FORM["Form:drink"] = None
+FORM: dict[str | None, State | None] = {
+    None: Form.name,
+    "Form:name": Form.age,
+    "Form:age": Form.city,
+    "Form:city": Form.drink,
+    "Form:drink": None,
+}
 """What comes after a state."""
 
 

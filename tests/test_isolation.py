@@ -559,8 +559,9 @@ async def test_wait_limits_the_waiting_and_not_the_handler(
 def test_a_time_that_is_not_above_0_is_refused(name: str, seconds: float) -> None:
     storage = SQLAlchemyStorage(sessionmaker())
 
+    arguments: dict[str, Any] = {name: seconds}
     with pytest.raises(ValueError, match=f"^{name} is a number of seconds above 0, not {seconds}$"):
-        storage.create_isolation(**{name: seconds})
+        storage.create_isolation(**arguments)
 
 
 # What is held, and what is not

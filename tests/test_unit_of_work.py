@@ -17,7 +17,7 @@ from conftest import Open
 from units import BEFORE, HISTORY, KEY, LEASES, Bot, running, writes
 
 
-@pytest.fixture(params=LEASES.values(), ids=LEASES)
+@pytest.fixture(params=list(LEASES.values()), ids=list(LEASES))
 async def bot(
     request: pytest.FixtureRequest, backend: Backend, open_storage: Open
 ) -> AsyncIterator[Bot]:

@@ -197,7 +197,7 @@ def started(
 async def exit_codes(processes: list[BaseProcess]) -> list[int | None]:
     """Return the processes' exit codes when they have ended."""
     with anyio.move_on_after(PATIENCE):
-        while any(process.exitcode is None for process in processes):
+        while any(process.exitcode is None for process in processes):  # noqa: ASYNC110
             await anyio.sleep(0.02)
     return [process.exitcode for process in processes]
 
@@ -205,7 +205,7 @@ async def exit_codes(processes: list[BaseProcess]) -> list[int | None]:
 async def until(condition: Callable[[], bool]) -> None:
     """Wait until a condition holds."""
     with anyio.fail_after(PATIENCE):
-        while not condition():
+        while not condition():  # noqa: ASYNC110
             await anyio.sleep(0.005)
 
 
@@ -575,7 +575,7 @@ async def test_old_free_locks_vanish_in_batches_a_minute_after_the_last_time(
         async with site.isolation.lock(KEY):
             pass
         with anyio.fail_after(PATIENCE):
-            while len(ids := await left()) > 3:
+            while len(ids := await left()) > 3:  # noqa: ASYNC110
                 await anyio.sleep(0.05)
 
     assert ids >= {"recent", "held"}

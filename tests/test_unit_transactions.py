@@ -24,7 +24,7 @@ from units import ANOTHER, BEFORE, HISTORY, KEY, LEASES, Bot, outside, running
 from hybrid_storage import FSMData, LockLostError
 
 
-@pytest.fixture(params=LEASES.values(), ids=LEASES)
+@pytest.fixture(params=list(LEASES.values()), ids=list(LEASES))
 async def bot(
     request: pytest.FixtureRequest, backend: Backend, open_storage: Open
 ) -> AsyncIterator[Bot]:

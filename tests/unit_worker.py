@@ -230,7 +230,7 @@ async def _hold(job: Job, ends_by: str) -> None:
             await storage.update_data(KEYS[0], {"count": count + 1, "by": "holder"})
             await storage.set_state(KEYS[0], "held")
             job.say("held")
-            while not job.is_said("go on"):
+            while not job.is_said("go on"):  # noqa: ASYNC110
                 await anyio.sleep(0.01)
             if ends_by == "flush":
                 await storage.flush()
