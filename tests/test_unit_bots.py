@@ -19,7 +19,7 @@ from aiogram.types import ErrorEvent, Message, Update
 from aiogram_dialog import Dialog, DialogManager, StartMode, Window, setup_dialogs
 from aiogram_dialog.widgets.text import Format
 from backends import SERVERS, Backend
-from blocking import PATIENCE, statements
+from blocking import PATIENCE, statements, until
 from conftest import Open, rows
 from test_isolation import update
 from test_scenes_and_dialogs import (
@@ -143,7 +143,7 @@ async def test_a_dialog_is_changed_in_the_background_and_from_the_foreground(
     message = Update.model_validate(raw, context={"bot": telegram_bot})
     await outside(dispatcher.feed_update(telegram_bot, message))
     await asyncio.wait_for(changed.wait(), PATIENCE)
-    await bot.assert_free()  # and so the update of the background is over
+    await until(lambda: not bot.isolation.still_held(KEY))
 
     async def foreground() -> None:
         manager = background.bg(telegram_bot, USER, USER)
@@ -202,7 +202,7 @@ async def test_a_polling_bot_loses_no_step(bot: Bot, handle_as_tasks: bool) -> N
             asyncio.ensure_future(stop())  # noqa: RUF006
 
     async def stop() -> None:
-        await bot.assert_free()
+        await until(lambda: not bot.isolation.still_held(KEY))
         await dispatcher.stop_polling()
 
     polling = dispatcher.start_polling(
