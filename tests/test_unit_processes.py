@@ -399,10 +399,10 @@ async def test_updates_whose_answers_are_lost_are_applied_once(
         engines = [job.engine() for _ in range(2)]
         with proxy.forgetting(0.1):
             async with anyio.create_task_group() as group:
-                for name in range(6):
-                    if name < len(engines):
-                        storage, isolation = job.storage(engines[name])
-                    group.start_soon(handle, storage, isolation, name)
+                for first, engine in enumerate(engines):
+                    storage, isolation = job.storage(engine)
+                    for name in range(first, 6, len(engines)):
+                        group.start_soon(handle, storage, isolation, name)
         for engine in engines:
             await dispose(engine)
 
