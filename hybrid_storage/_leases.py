@@ -30,6 +30,7 @@ from ._sql.leases import Fence, Leases, Taken
 T = TypeVar("T")
 
 FIRST_PAUSE = 0.02  # seconds; the pauses between two looks at a lock grow from here
+SOON = 30  # the part of a lease after which to try again to renew one that was locked
 _CHUNK = 500  # keys that one statement renews
 _PURGE_EVERY = 60.0  # seconds
 _PURGE_AFTER = 3600.0  # seconds: longer than any statement hangs
@@ -186,12 +187,15 @@ class HeldLeases:
             for start in range(0, len(rows), _CHUNK):
                 chunk = rows[start : start + _CHUNK]
                 renew = partial(self._leases.renew, rows=chunk, owner=here.owner, lease=self._lease)
-                kept = await self._access.runner.execute(
+                renewed, locked = await self._access.runner.execute(
                     self._call(renew, "leases"), is_heartbeat=True
                 )
-                for row in kept:
+                for row in renewed:
                     holds[row].deadline = before + self._lease
-                for row in set(chunk) - kept:
+                for row in locked:  # nobody can take it meanwhile
+                    pause = self._lease / SOON
+                    holds[row].deadline = max(holds[row].deadline, before + 3 * pause)
+                for row in set(chunk) - renewed - locked:
                     here.lose(holds[row], _LOST)
         except Exception as error:
             pause = self._lease / 10

@@ -22,7 +22,7 @@ from ._engine.errors import in_short
 from ._engine.factories import synchronous
 from ._engine.retries import logger, with_retries_sync
 from ._engine.runner import Runner
-from ._leases import FIRST_PAUSE
+from ._leases import FIRST_PAUSE, SOON
 from ._sql.leases import Leases
 
 T = TypeVar("T")
@@ -52,13 +52,17 @@ def held_in_this_thread(
 
     def renew() -> None:
         renew = partial(leases.renew, rows=[row], owner=owner, lease=lease)
-        while not ends.wait(lease / 3):
+        pause = lease / 3
+        while not ends.wait(pause):
             try:
-                if row not in execute(renew, lease / 3) and not ends.is_set():
-                    logger.warning("the lock of %r is lost: another process has it", row)
-                    return
+                renewed, locked = execute(renew, lease / 3)
             except Exception as error:
                 logger.warning("could not renew the lock of %r: %s", row, in_short(error))
+                continue
+            pause = lease / 3 if renewed else lease / SOON
+            if not (renewed or locked or ends.is_set()):
+                logger.warning("the lock of %r is lost: another process has it", row)
+                return
 
     began, pause = time.monotonic(), FIRST_PAUSE
     try:

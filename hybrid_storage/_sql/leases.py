@@ -107,21 +107,30 @@ class Leases:
 
     def renew(
         self, connection: Connection, rows: Sequence[str], owner: str, lease: float
-    ) -> set[str]:
-        """Begin the time of an owner's leases anew, but for those that a transaction has locked.
+    ) -> tuple[set[str], set[str]]:
+        """Begin the time of an owner's leases anew, without waiting for a row that is locked.
 
-        :return: those that the owner has still, be they renewed or locked
+        :return: those that are renewed, and those that the owner has still, but that are locked: by
+            a transaction of its own process, or for a moment by somebody who wants the lock
         """
         dialect = self._dialect(connection)
         parameters = {"_rows": list(rows), "_owner": owner, "_lease": lease}
-        free = list(rows)
         if dialect.select_unlocked is not None:
             found = executed(connection, dialect.select_unlocked, parameters)
-            free = [row for (row,) in found.rows or ()]
-        if free:
-            renewed = executed(connection, dialect.renew, {**parameters, "_rows": free})
-            if renewed.changed == len(rows):
-                return set(rows)
+            renewed = {row for (row,) in found.rows or ()}
+            for row in renewed:
+                executed(connection, dialect.renew_one, {**parameters, "_row": row})
+        else:
+            answer = executed(connection, dialect.renew, parameters)
+            if answer.rows is not None:
+                renewed = {row for (row,) in answer.rows}
+            else:
+                renewed = self._mine(connection, parameters)
+        if len(renewed) == len(rows):
+            return renewed, set()
+        return renewed, self._mine(connection, parameters) - renewed
+
+    def _mine(self, connection: Connection, parameters: dict[str, Any]) -> set[str]:
         found = executed(connection, self.select_mine, parameters)
         return {row for (row,) in found.rows or ()}
 
@@ -213,13 +222,18 @@ class _Dialect:
         # Renewal never waits for a row. One that a transaction of this process has locked, after a
         # write behind the fence, would hold up the renewal of all others.
         unlocked = leases.select_mine.with_for_update(skip_locked=True)
-        self.select_unlocked = unlocked if _skips_locked(dialect) else None
-        mine = leases.mine
+        self.select_unlocked: sa.Executable | None = None
+        self.renew = leases.update.where(leases.mine).values(expires=values["expires"])
+        self.renew_one = leases.update.where(leases.this).values(expires=values["expires"])
         if isinstance(dialect, PGDialect):
-            mine = columns.id.in_(sa.select(unlocked.cte("unlocked").c.id))
+            free = columns.id.in_(sa.select(unlocked.cte("unlocked").c.id))
+            self.renew = leases.update.where(free).values(expires=values["expires"])
+            self.renew = self.renew.returning(columns.id)
+        elif _skips_locked(dialect):
+            # By the key, one by one: MySQL locks, and waits for, each row that it looks at.
+            self.select_unlocked = unlocked.with_hint(table, "FORCE INDEX (PRIMARY)")
         this_version = sa.and_(leases.this, columns.version == sa.bindparam("_version"))
         freed = {"owner": NOBODY, "expires": clock, "version": columns.version + 1}
-        self.renew = leases.update.where(mine).values(expires=values["expires"])
         self.renew_fenced = leases.update.where(this_version).values(expires=values["expires"])
         self.release = leases.update.where(leases.this).values(freed)
         self.free_fenced = leases.update.where(this_version).values(freed)
