@@ -74,15 +74,6 @@ on_each_server = pytest.mark.parametrize(
         if backends[0] in SERVERS
     ],
 )
-on_each_driver = pytest.mark.parametrize(
-    "backends",
-    [
-        pytest.param([backend], id=backend.name)
-        for backends in DRIVERS.values()
-        for backend in backends
-        if backend in SERVERS
-    ],
-)
 over_a_network = pytest.mark.parametrize(
     "backends",
     [
@@ -312,7 +303,7 @@ async def test_what_was_acknowledged_is_there_when_processes_are_killed(
     )
 
 
-@on_each_driver
+@on_each_server
 @pytest.mark.parametrize(
     ("ends_by", "is_free_again"),
     [("the end of the lock", True), ("flush", False), ("transaction", True)],
