@@ -2,6 +2,7 @@
 
 * ``contenders.py`` opens the storages, ``bare_drivers.py`` has those without SQLAlchemy,
 * ``work.py`` has what they do, ``bots.py`` the bots that do it through a dispatcher,
-* ``measure.py`` has them take turns, ``proxy.py`` counts round trips and delays them,
+* ``updates.py`` measures whole updates, ``measure.py`` single operations,
+* ``turns.py`` has the contenders take turns, ``proxy.py`` counts round trips and delays them,
 * ``results.py`` holds the figures, ``goals.py``, ``report.py`` and ``plots.py`` show them.
 """

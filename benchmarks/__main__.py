@@ -84,7 +84,11 @@ def _options() -> argparse.Namespace:
 
 async def _measure(options: argparse.Namespace, console: Console) -> Results:
     scale = SMOKE if options.smoke else Scale()
-    chosen = {"rounds": options.rounds, "tasks": options.tasks}
+    chosen = {
+        "rounds": options.rounds,
+        "update_rounds": options.rounds,
+        "tasks": options.tasks,
+    }
     scale = replace(scale, **{name: value for name, value in chosen.items() if value})
     sections = [name for name in SECTIONS if name in options.only] or list(SECTIONS)
     databases = [name for name in SERVERS if name in options.only]

@@ -23,6 +23,20 @@ ROUND_TRIPS = {
     READS: 1, WRITES: 1, ("update_data",): 2, ("step",): 5, ("FSMContext.clear",): 3,
     ("storage.clear",): 1,
 }  # fmt: skip
+UPDATES = {"form bot": 10, "scene bot": 12, "dialog bot": 15}  # round trips of five
+REDIS = {
+    "lease": "RedisStorage, RedisEventIsolation",
+    "lease=None": "RedisStorage, SimpleEventIsolation",
+}
+BESIDE_REDIS = {
+    ("lease", "0 ms"): (1.0, 1.0),
+    ("lease", "1 ms"): (2.0, 1.5),
+    ("lease", "5 ms"): (2.5, 2.0),
+    ("lease=None", "0 ms"): (0.9, 0.9),
+    ("lease=None", "1 ms"): (1.5, 1.2),
+    ("lease=None", "5 ms"): (1.8, 1.5),
+}
+"""How many times as fast as Redis, by isolation and network: one user, and 16."""
 GROWTH = 1.5  # of an operation's time, from the smallest table to the largest: the index is deeper
 
 
@@ -45,6 +59,8 @@ class Goal:
 def goals(results: Results) -> list[Goal]:
     """Return the goals of the contenders and sections that took part in a run."""
     return [
+        *_updates(results),
+        *_beside_redis(results),
         *_against_the_replaced(results),
         *_round_trips(results),
         *_network(results),
@@ -58,6 +74,25 @@ def _at_least(what: str, bound: float, measured: float) -> Goal:
 
 def _at_most(what: str, bound: float, measured: float, unit: str = "x") -> Goal:
     return Goal(what, f"≤ {bound:g}{unit}", measured, measured <= bound, unit)
+
+
+def _updates(results: Results) -> Iterator[Goal]:
+    for ours in (f"{driver}, {kind}" for driver in (ASYNCPG, PSYCOPG) for kind in REDIS):
+        for bot, bound in UPDATES.items() if ours in results.trips else ():
+            _, trips = results.trips[ours].get(bot, (0, math.nan))
+            yield _at_most(f"{ours}: round trips of five updates, {bot}", bound, trips, "")
+
+
+def _beside_redis(results: Results) -> Iterator[Goal]:
+    settings, present = results.settings("updates"), results.contenders("updates")
+    for (kind, delay), bounds in BESIDE_REDIS.items():
+        ours, redis = f"{ASYNCPG}, {kind}", REDIS[kind]
+        for users, bound in zip(("1", "16"), bounds, strict=True):
+            setting = f"{delay}, {users}"
+            if setting in settings and {ours, redis} <= set(present):
+                for bot in ("form bot", "scene bot"):
+                    times = results.times(Cell("updates", bot, setting), redis, ours)
+                    yield _at_least(f"{ours}: {bot}, {setting}, as fast as {redis}", bound, times)
 
 
 def _against_the_replaced(results: Results) -> Iterator[Goal]:

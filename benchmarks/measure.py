@@ -128,7 +128,7 @@ class Run:
         return {
             name: stack.enter_context(proxy(url, delay)).in_front_of(url)
             for name, url in self.servers.items()
-            if name in ("postgresql", "redis")
+            if url.get_backend_name() in ("postgresql", "mysql", "redis")
         }
 
     async def trips(self) -> None:

@@ -16,6 +16,13 @@ from .results import PERCENTILES, Cell, Results
 BASES = ("hybrid asyncpg", "hybrid sqlite3 (threads)", "hybrid asyncmy")
 """Whom to compare with, the first of them that is in a table."""
 
+UPDATE_BASES = (
+    "RedisStorage, RedisEventIsolation",
+    "hybrid asyncpg, lease",
+    "hybrid sqlite3 (threads), lease",
+    "hybrid asyncmy, lease",
+)
+
 GROUPS = {
     "PostgreSQL": ("asyncpg", "psycopg", "Redis", "Memory", "one round trip"),
     "SQLite": ("sqlite",),
@@ -48,16 +55,16 @@ class Table:
 
 def tables(results: Results) -> Iterator[Table]:
     """Return all tables that the results are enough for."""
-    for section, unit in (("operations", "operations"), ("bots", "updates")):
-        for tasks in results.settings(section):
-            yield from _side_by_side(
-                results,
-                section,
-                tasks,
-                f"{unit} per second, {_tasks(tasks)}",
-                lambda cell, name, base: results.times(cell, base, name),
-                lambda seconds: f"{1 / seconds:,.0f}/s",
-            )
+    yield from _updates(results)
+    for tasks in results.settings("operations"):
+        yield from _side_by_side(
+            results,
+            "operations",
+            tasks,
+            f"operations per second, {_tasks(tasks)}",
+            lambda cell, name, base: results.times(cell, base, name),
+            _per_second,
+        )
     for tasks in results.settings("operations"):
         yield from _latencies(results, tasks)
     for delay in results.settings("network"):
@@ -89,6 +96,27 @@ def tables(results: Results) -> Iterator[Table]:
     ]
     if failures:
         yield Table("What failed", ["contender and work", "with"], failures)
+
+
+def _updates(results: Results) -> Iterator[Table]:
+    works, settings = results.works("updates"), results.settings("updates")
+    names = results.contenders("updates")
+    base = next((name for name in UPDATE_BASES if name in names), "")
+    for work in works if base else ():
+        cells = [Cell("updates", work, setting) for setting in settings]
+        rows = [[name, *(_number(results.times(cell, base, name)) for cell in cells)]
+                for name in names]  # fmt: skip
+        rows[names.index(base)][1:] = [
+            _known(results.seconds(cell, base), _per_second) for cell in cells
+        ]
+        title = f"{work}: updates per second by network and users; {base} in figures"
+        yield Table(f"{title}, others as ratios", ["", *settings], rows)
+    for setting in settings:
+        cells = [Cell("updates", work, setting) for work in works]
+        rows = [[name, *(_known(results.cpu(cell, name), _duration) for cell in cells)]
+                for name in names]  # fmt: skip
+        rows = [row for row in rows if set(row[1:]) != {"-"}]
+        yield Table(f"CPU time of an update, {setting}", ["", *works], rows)
 
 
 def groups(contenders: list[str]) -> Iterator[tuple[str, list[str], str]]:
@@ -141,14 +169,19 @@ def _latencies(results: Results, tasks: str) -> Iterator[Table]:
 
 
 def _trips(results: Results) -> Iterator[Table]:
-    works = list(dict.fromkeys(work for counted in results.trips.values() for work in counted))
-    rows = [
-        [name, *(f"{counted[work][0]:g} / {counted[work][1]:g}" if work in counted else "-"
-                 for work in works)]
-        for name, counted in results.trips.items()
-    ]  # fmt: skip
-    if rows:
-        yield Table("Statements / round trips of an operation", ["", *works], rows)
+    for what, is_bot in (("a user's updates", True), ("an operation", False)):
+        counted = {
+            name: {work: each for work, each in works.items() if work.endswith(" bot") == is_bot}
+            for name, works in results.trips.items()
+        }
+        works = list(dict.fromkeys(work for each in counted.values() for work in each))
+        rows = [
+            [name, *("{:g} / {:g}".format(*each[work]) if work in each else "-" for work in works)]
+            for name, each in counted.items()
+            if each
+        ]
+        if rows:
+            yield Table(f"Statements / round trips of {what}", ["", *works], rows)
 
 
 def _costs(results: Results) -> Iterator[Table]:
@@ -205,6 +238,10 @@ def _number(number: float) -> str:
 
 def _duration(seconds: float) -> str:
     return f"{seconds * 1e6:.0f} µs" if seconds < 0.001 else f"{seconds * 1000:.1f} ms"
+
+
+def _per_second(seconds: float) -> str:
+    return f"{1 / seconds:,.0f}/s"
 
 
 def _known(number: float, text: Callable[[float], str]) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import replace
 
 from aiogram.fsm.storage.base import BaseEventIsolation, BaseStorage
 from aiogram.fsm.storage.memory import DisabledEventIsolation, SimpleEventIsolation
 from aiogram.fsm.storage.redis import RedisStorage
+from sqlalchemy import create_engine
 
 from hybrid_storage import SQLAlchemyStorage
 
@@ -30,36 +33,70 @@ BOTS = [
     Work("scene bot", talk_to_scene_bot, units=5),
     Work("dialog bot", talk_to_dialog_bot, units=5),
 ]
-NETWORKED = ("postgresql", "postgresql-async", "mysql", "redis")
+COUNTED = ("postgresql", "mysql", "redis")
+NO_WAIT = "synchronous_commit=off"
+# Not all drivers: each has a pool, and a server takes no more than 100 connections by default.
+ALSO_WITHOUT_WAITING = ("hybrid asyncpg", "hybrid psycopg (threads)")
 
 
 async def updates(run: Run) -> None:
     """Measure updates that pass a dispatcher to a bot, and count their round trips."""
-    measured = [each for each in run.compared() if not (each.is_bare or each.is_raito)]
-    far = [each for each in measured if each.server in NETWORKED]
     await _trips(run)
-    for delay in run.scale.update_delays:
-        async with AsyncExitStack() as stack:
-            servers = run.behind_proxies(stack, delay) if delay else run.servers
-            storages = await run.open(
-                stack, far if delay else measured, servers, f"_updates{delay * 1000:.0f}"
-            )
-            opened = dict(_all_bots(storages))
-            turns = [
-                Turn(
-                    Cell("updates", work.name, f"{delay * 1000:.0f} ms, {tasks}"),
-                    work,
-                    tasks,
-                    max(tasks, run.scale.updates),
-                )
-                for tasks in run.scale.tasks
-                for work in BOTS
-            ]
-            await take_turns(run.results, opened, turns, run.scale.update_rounds, run.advance)
+    with _with_a_database_that_does_not_wait(run) as everything:
+        for delay in run.scale.update_delays:
+            await _at_delay(everything, delay)
+
+
+async def _at_delay(run: Run, delay: float) -> None:
+    turns = [
+        Turn(
+            Cell("updates", work.name, f"{delay * 1000:.0f} ms, {tasks}"),
+            work,
+            tasks,
+            max(tasks, run.scale.updates),
+        )
+        for tasks in run.scale.tasks
+        for work in BOTS
+    ]
+    measured = [each for each in run.compared() if not (each.is_bare or each.is_raito)]
+    async with AsyncExitStack() as stack:
+        servers = run.servers
+        if delay:
+            servers = run.behind_proxies(stack, delay)
+            measured = [each for each in measured if each.server in servers]
+        storages = await run.open(stack, measured, servers, f"_updates{delay * 1000:.0f}")
+        opened = dict(_all_bots(storages))
+        await take_turns(run.results, opened, turns, run.scale.update_rounds, run.advance)
+
+
+@contextmanager
+def _with_a_database_that_does_not_wait(run: Run) -> Iterator[Run]:
+    """Have some contenders take part a second time, on a database of another setting."""
+    again = [
+        replace(each, name=f"{each.name}, {NO_WAIT}", server=NO_WAIT)
+        for each in run.compared("postgresql")
+        if each.name in ALSO_WITHOUT_WAITING
+    ]
+    if not again:
+        yield run
+        return
+    url = run.servers["postgresql"]
+    engine = create_engine(url.set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT")
+    name = f"benchmark_{os.getpid()}"
+    with engine.connect() as connection:
+        connection.exec_driver_sql(f"CREATE DATABASE {name}")
+        connection.exec_driver_sql(f"ALTER DATABASE {name} SET synchronous_commit = off")
+    try:
+        servers = {**run.servers, NO_WAIT: url.set(database=name)}
+        yield replace(run, servers=servers, contenders=[*run.contenders, *again])
+    finally:
+        with engine.connect() as connection:
+            connection.exec_driver_sql(f"DROP DATABASE {name}")
+        engine.dispose()
 
 
 async def _trips(run: Run) -> None:
-    for server in NETWORKED:
+    for server in COUNTED:
         if not (measured := run.compared(server)):
             continue
         with proxy(run.servers[server]) as between:
@@ -89,7 +126,10 @@ def _isolations(storage: BaseStorage) -> dict[str, BaseEventIsolation]:
             "lease=None": storage.create_isolation(unit_of_work=True, lease=None),
             "not isolated": DisabledEventIsolation(),
         }
-    local = {"one process": SimpleEventIsolation(), "not isolated": DisabledEventIsolation()}
     if isinstance(storage, RedisStorage):
-        return {"lock": storage.create_isolation(), **local}
-    return local
+        return {
+            "RedisEventIsolation": storage.create_isolation(),
+            "SimpleEventIsolation": SimpleEventIsolation(),
+            "not isolated": DisabledEventIsolation(),
+        }
+    return {"SimpleEventIsolation": SimpleEventIsolation()}
