@@ -244,7 +244,7 @@ class Run:
             self.advance(f"opening {contender.name}")
             url = (servers or self.servers)[contender.server]
             # Somebody else may be measuring on the same server.
-            name = "".join(filter(str.isalnum, contender.name))
+            name = "".join(filter(str.isalnum, contender.name))[:28]  # of 63 bytes in all
             table = f"benchmark_{os.getpid()}_{name}{suffix}"
             storage = await stack.enter_async_context(contender.open(url, table))
             if rows:

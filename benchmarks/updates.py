@@ -91,7 +91,7 @@ def _with_a_database_that_does_not_wait(run: Run) -> Iterator[Run]:
         yield replace(run, servers=servers, contenders=[*run.contenders, *again])
     finally:
         with engine.connect() as connection:
-            connection.exec_driver_sql(f"DROP DATABASE {name}")
+            connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
         engine.dispose()
 
 
