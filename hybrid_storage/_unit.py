@@ -61,10 +61,10 @@ class UnitOfWork:
         :param hold: the lease behind which to write, None where there is none
         :param parent: the unit of another conversation, of the same update
         """
-        self.conversation = conversation
-        self.parent = parent
-        self.task = asyncio.current_task()
-        self.is_open = True
+        self.conversation: StorageKey = conversation
+        self.parent: UnitOfWork | None = parent
+        self.task: asyncio.Task[Any] | None = asyncio.current_task()
+        self.is_open: bool = True
         self.rows: dict[str, ChangedRow] = {}
         self.expected: Sequence[str] = ()
         """The ids of the rows to read along with the first."""

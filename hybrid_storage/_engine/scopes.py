@@ -65,12 +65,12 @@ class Scope:
         parent: Scope | None = None,
     ) -> None:
         """Remember the session."""
-        self.session = session
-        self.context = context
+        self.session: AnySession = session
+        self.context: Context = context
         self.registry = registry
-        self.task = asyncio.current_task()
-        self.is_open = True
-        self.parent = parent
+        self.task: asyncio.Task[Any] | None = asyncio.current_task()
+        self.is_open: bool = True
+        self.parent: Scope | None = parent
         self._root: Scope = self if parent is None else parent._root
         self._was_cancelled = False
         self._has_savepoint = False

@@ -38,9 +38,9 @@ class ChangedRow:
         :param row: the row's id
         :param found: what has been read, None if there is no row
         """
-        self.row = row
-        self.found = found
-        self.now = found or Texts()
+        self.row: str = row
+        self.found: Texts | None = found
+        self.now: Texts = found or Texts()
         """What it holds once the changes have been written."""
         self._has_state = False
         self._data: list[Change] = []

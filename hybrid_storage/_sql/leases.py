@@ -68,10 +68,12 @@ class Leases:
             columns.id == sa.bindparam("_row")
         )
         mine = columns.owner == sa.bindparam("_owner")
-        self.mine = sa.and_(columns.id.in_(sa.bindparam("_rows", expanding=True)), mine)
-        self.select_mine = sa.select(columns.id).where(self.mine)
-        self.this = sa.and_(columns.id == sa.bindparam("_row"), mine)
-        self.update = sa.update(table)
+        self.mine: sa.ColumnElement[bool] = sa.and_(
+            columns.id.in_(sa.bindparam("_rows", expanding=True)), mine
+        )
+        self.select_mine: sa.Select[Any] = sa.select(columns.id).where(self.mine)
+        self.this: sa.ColumnElement[bool] = sa.and_(columns.id == sa.bindparam("_row"), mine)
+        self.update: sa.Update = sa.update(table)
 
     def acquire(
         self, connection: Connection, row: str, owner: str, lease: float, wanted: Sequence[str]
