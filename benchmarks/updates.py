@@ -109,7 +109,7 @@ async def _trips(run: Run) -> None:
                     run.advance(f"round trips of updates: {name}")
                     for work in BOTS:
                         run.results.trips[name][work.name] = await counted(
-                            between.counts, bots, work, 2
+                            between.counts, bots, work, 3
                         )
 
 
