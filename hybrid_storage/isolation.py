@@ -22,6 +22,7 @@ from anyio.lowlevel import RunVar
 from ._codec import Codec
 from ._engine.access import Access
 from ._engine.cancellation import run_to_completion
+from ._engine.slots import PARENT_WAIT
 from ._leases import HeldLease, HeldLeases
 from ._sql.leases import Leases
 from ._sql.units import Units
@@ -88,7 +89,8 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
 
         :param key: the conversation's key
         :raises TimeoutError: if the lock could not be acquired within ``wait`` seconds
-        :raises RuntimeError: if this task holds the lock of the same key already
+        :raises RuntimeError: if this task holds the lock of the same key already, or waits for long
+            inside a transaction that holds SQLite's write lock, which the holder may need
         :raises LockLostError: if the lock was lost, so that the unit of work could not be written
         """
         conversation = replace(key, destiny=DEFAULT_DESTINY)
@@ -99,17 +101,26 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
             return
         row = self._row_of(conversation)
         here = self._here()
+        scope = self._access.scope()
+        is_writing = scope is not None and scope.holds_write_lock()
+        wait = PARENT_WAIT if is_writing and self._wait is None else self._wait
         with here.queue(row) as turn:
-            with anyio.move_on_after(self._wait) as limit:
+            with anyio.move_on_after(wait) as limit:
                 await turn.acquire()
                 try:
                     lease = await self._take(key, row)
                 except BaseException:
                     turn.release()
                     raise
+            if limit.cancelled_caught and wait != self._wait:
+                raise RuntimeError(
+                    f"waited {wait:g} s for the lock of {row!r} inside a transaction that holds "
+                    "SQLite's write lock, without which the lock's holder cannot free it: take "
+                    "the lock first, then open the transaction"
+                )
             if limit.cancelled_caught:
                 raise TimeoutError(
-                    f"could not acquire the lock for {row!r} within {self._wait:g} s: its holder "
+                    f"could not acquire the lock for {row!r} within {wait:g} s: its holder "
                     "is still at work, or has died within the last lease"
                 )
             here.held.add(row)

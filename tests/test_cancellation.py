@@ -12,7 +12,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -262,7 +262,11 @@ async def test_an_inner_time_out_and_an_outer_cancellation_may_come_in_one_turn_
             cancel()
         await give_way()
         lock.release()
-        with pytest.raises(asyncio.CancelledError):
+        # Before Python 3.11, anyio by itself takes the outer cancellation for that of its scope.
+        swallows = sys.version_info < (3, 11) and first == "inner"
+        with (
+            suppress(asyncio.CancelledError) if swallows else pytest.raises(asyncio.CancelledError)
+        ):
             await task
     await storage.set_state(key, "later")
     assert await storage.get_state(key) == "later"
