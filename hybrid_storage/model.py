@@ -27,7 +27,10 @@ _models: WeakKeyDictionary[Table, ref[type[FSMData]]] = WeakKeyDictionary()
 # MySQL wants a length for VARCHAR, and its default collations take "a" and "A" for the same key.
 _UTF8 = {"charset": "utf8mb4", "collation": "utf8mb4_bin"}
 _Key: TypeEngine[str] = String().with_variant(mysql.VARCHAR(255, **_UTF8), "mysql", "mariadb")
-_Text: TypeEngine[str] = String().with_variant(mysql.LONGTEXT(**_UTF8), "mysql", "mariadb")
+
+
+def _text() -> TypeEngine[str]:
+    return String().with_variant(mysql.LONGTEXT(**_UTF8), "mysql", "mariadb")
 
 
 class _Comparator(String.Comparator[str]):
@@ -46,7 +49,8 @@ def _name_of(value: object) -> object:
 
 
 # Of this one object: migrations would have to import a type of our own.
-_StateText: TypeEngine[str] = _Text.copy()
+_Text: TypeEngine[str] = _text()
+_StateText: TypeEngine[str] = _text()
 _StateText.comparator_factory = _Comparator
 
 
