@@ -5,6 +5,7 @@ For ``isolation.py``.
 
 from __future__ import annotations
 
+import asyncio
 import random
 import threading
 import time
@@ -27,7 +28,31 @@ from ._sql.leases import Leases
 
 T = TypeVar("T")
 
+NO_LEASE = (
+    "lock_sync() needs a lease: create_isolation(lease=None) locks handlers of this process only, "
+    "which no other thread or process sees. Give the dispatcher one with a lease, too"
+)
+HELD_BY_HANDLER = (
+    "the handler that called this function holds the lock of {}, so that lock_sync() would wait "
+    "for its own handler: take the lock in the view, outside the function that view and handler "
+    "share"
+)
+
 _held = threading.local()
+
+
+def is_synchronous() -> bool:
+    """Tell whether no event loop runs in this thread."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return True
+    return False
+
+
+def is_held_by_this_thread(leases: Leases, row: str) -> bool:
+    """Tell whether this thread is inside the block, and its lease has not been lost."""
+    return (id(leases.table), row) in _held.__dict__.get("rows", ())
 
 
 @contextmanager
@@ -37,6 +62,11 @@ def held_in_this_thread(
     """Hold a lease; see :meth:`SQLAlchemyEventIsolation.lock_sync`."""
     mine: set[tuple[int, str]] = _held.__dict__.setdefault("rows", set())
     this = id(leases.table), row
+    if not is_synchronous():
+        raise RuntimeError(
+            "lock_sync() blocks its thread, and with it this event loop and the handler that holds "
+            "the lock: write `async with isolation.lock(key)`"
+        )
     if this in mine:
         raise RuntimeError(f"this thread holds the lock of {row!r} already")
     owner = uuid.uuid4().hex  # of this block's own, so that threads exclude each other, too
@@ -62,6 +92,7 @@ def held_in_this_thread(
             pause = lease / 3 if renewed else lease / SOON
             if not (renewed or locked or ends.is_set()):
                 logger.warning("the lock of %r is lost: another process has it", row)
+                mine.discard(this)
                 return
 
     began, pause = time.monotonic(), FIRST_PAUSE

@@ -24,11 +24,23 @@ from ._engine.access import Access
 from ._engine.cancellation import run_to_completion
 from ._engine.slots import PARENT_WAIT
 from ._leases import HeldLease, HeldLeases
+from ._queues import Queues
 from ._sql.leases import Leases
 from ._sql.units import Units
-from ._sync_lock import held_in_this_thread
+from ._sync_lock import (
+    HELD_BY_HANDLER,
+    NO_LEASE,
+    held_in_this_thread,
+    is_held_by_this_thread,
+    is_synchronous,
+)
 from ._unit import UnitOfWork
 from .unit_of_work import UnitsOfWork
+
+_WAITS_FOR_FILE = (
+    "waited {:g} s for the lock of {!r} inside a transaction that holds SQLite's write lock, "
+    "without which the lock's holder cannot free it: take the lock first, then open the transaction"
+)
 
 
 class SQLAlchemyEventIsolation(BaseEventIsolation):
@@ -76,7 +88,7 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         self._held: HeldLeases | None = None
         if lease is not None and leases is not None:
             self._held = HeldLeases(access, leases, lease=lease, poll=poll)
-        self._local: RunVar[_Here] = RunVar(f"isolation-{uuid.uuid4().hex}")
+        self._local: RunVar[Queues] = RunVar(f"isolation-{uuid.uuid4().hex}")
         self._current: ContextVar[_Lock | None] = ContextVar("lock", default=None)
 
     @asynccontextmanager
@@ -94,7 +106,7 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         :raises LockLostError: if the lock was lost, so that the unit of work could not be written
         """
         conversation = replace(key, destiny=DEFAULT_DESTINY)
-        outer = self._of_this_task(conversation)
+        outer = self._holder(conversation, _task())
         if outer is not None:
             with outer.nested(key):
                 yield
@@ -113,11 +125,7 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
                     turn.release()
                     raise
             if limit.cancelled_caught and wait != self._wait:
-                raise RuntimeError(
-                    f"waited {wait:g} s for the lock of {row!r} inside a transaction that holds "
-                    "SQLite's write lock, without which the lock's holder cannot free it: take "
-                    "the lock first, then open the transaction"
-                )
+                raise RuntimeError(_WAITS_FOR_FILE.format(wait, row))
             if limit.cancelled_caught:
                 raise TimeoutError(
                     f"could not acquire the lock for {row!r} within {wait:g} s: its holder "
@@ -143,16 +151,17 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
 
         :param key: the conversation's key
         :raises TypeError: if the storage's sessions are asynchronous
-        :raises RuntimeError: if the isolation has no lease, or this thread holds the lock already
+        :raises RuntimeError: if the isolation has no lease, if this thread or the handler that has
+            called it holds the lock already, or in the event loop's thread
         :raises TimeoutError: if the lock could not be acquired within ``wait`` seconds
         :return: a context manager
         """
         if self._leases is None or self._lease is None:
-            raise RuntimeError(
-                "lock_sync() needs a lease: create_isolation(lease=None) locks handlers of this "
-                "process only, which no other thread or process sees"
-            )
-        row = self._row_of(replace(key, destiny=DEFAULT_DESTINY))
+            raise RuntimeError(NO_LEASE)
+        conversation = replace(key, destiny=DEFAULT_DESTINY)
+        if self._holder(conversation) is not None:  # run_sync() has passed on its context
+            raise RuntimeError(HELD_BY_HANDLER.format(key))
+        row = self._row_of(conversation)
         return held_in_this_thread(
             self._access, self._leases, row, lease=self._lease, poll=self._poll, wait=self._wait
         )
@@ -167,6 +176,8 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         :return: False if this process does not hold the lock, or may have lost it
         """
         row = self._row_of(replace(key, destiny=DEFAULT_DESTINY))
+        if is_synchronous():
+            return self._leases is not None and is_held_by_this_thread(self._leases, row)
         return row in self._here().held if self._held is None else self._held.is_held(row)
 
     async def close(self) -> None:
@@ -219,17 +230,18 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
             if self._held is not None and lease is not None:
                 await self._held.free(lease, is_freed=is_freed)
 
-    def _here(self) -> _Here:
+    def _here(self) -> Queues:
         here = self._local.get(None)
         if here is None:
-            here = _Here()
+            here = Queues()
             self._local.set(here)
         return here
 
-    def _of_this_task(self, conversation: StorageKey) -> _Lock | None:
+    def _holder(self, conversation: StorageKey, *tasks: object) -> _Lock | None:
+        """Return what holds a conversation here, in one of the tasks if some are given."""
         lock = self._current.get()
         while lock is not None and not (
-            lock.is_held and lock.conversation == conversation and lock.task is _task()
+            lock.is_held and lock.conversation == conversation and (not tasks or lock.task in tasks)
         ):
             lock = lock.parent
         return lock
@@ -273,25 +285,3 @@ class _Lock:
             yield
         finally:
             self.keys.discard(key)
-
-
-class _Here:
-    """What one event loop holds and waits for."""
-
-    def __init__(self) -> None:
-        self.held: set[str] = set()
-        self._queues: dict[str, tuple[anyio.Lock, int]] = {}
-
-    @contextmanager
-    def queue(self, row: str) -> Iterator[anyio.Lock]:
-        """Give the queue for a conversation, which is gone when nobody uses it any more."""
-        turn, users = self._queues.get(row) or (anyio.Lock(fast_acquire=True), 0)
-        self._queues[row] = turn, users + 1
-        try:
-            yield turn
-        finally:
-            users = self._queues[row][1] - 1
-            if users:
-                self._queues[row] = turn, users
-            else:
-                del self._queues[row]

@@ -71,18 +71,19 @@ class SessionMiddleware(BaseMiddleware):
         :return: what the handler returns
         """
         others: dict[str, Any] = {name: data[name] for name in (self._name,) if name in data}
-        async with self._storage.transaction(allow_blocking=self._allow_blocking) as session:
-            data[self._name] = session
-            try:
-                return await handler(event, data)
-            except (SkipHandler, CancelHandler) as error:
-                decision = error
-            except BaseException:
-                others.setdefault(self._name, _EndedSession())
-                raise
-            finally:
-                data.pop(self._name, None)
-                data.update(others)
+        try:
+            async with self._storage.transaction(allow_blocking=self._allow_blocking) as session:
+                data[self._name] = session
+                try:
+                    return await handler(event, data)
+                except (SkipHandler, CancelHandler) as error:
+                    decision = error
+        except BaseException:  # of a handler, or because it could not begin or commit
+            others.setdefault(self._name, _EndedSession())
+            raise
+        finally:
+            data.pop(self._name, None)
+            data.update(others)
         raise decision
 
 

@@ -43,6 +43,7 @@ ORDER = [
     "model",
     "operations",
     "_leases",
+    "_queues",
     "_sync_lock",
     "_unit",
     "unit_of_work",

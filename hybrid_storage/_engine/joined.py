@@ -48,7 +48,7 @@ class JoinedConnections:
         :param twophase: whether to prepare on all connections before committing on the first
         :param blocks_in: the thread in which statements are refused, None for no thread
         """
-        self._is_one = is_one
+        self.is_one: bool = is_one
         self._twophase = twophase
         self._blocks_in = blocks_in
         self._stack = ExitStack()
@@ -63,7 +63,7 @@ class JoinedConnections:
             return connection
         self.refuse()
         connection = self._stack.enter_context(connect(bind))
-        if self._is_one:
+        if self.is_one:
             self._transactions.append(self._begun(connection))
         self._connections[bind] = connection
         for savepoints in self._savepoints:

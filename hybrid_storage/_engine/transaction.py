@@ -84,7 +84,7 @@ class TransactionScope(Scope):
         with exclusive(self._bind), self.context(), self._undone_already(), self._explained():
             committed = False
             try:
-                if commits:
+                if commits and session.in_transaction():
                     session.commit()
                 committed = commits
             finally:
@@ -109,6 +109,12 @@ class TransactionScope(Scope):
             elif is_missing_savepoint(error):
                 error.add_detail(_ENDED_BELOW)
             raise
+
+    def _before_function(self, session: Session) -> None:
+        # What came before is not the function's to undo, by rollback() or remove().
+        if self._side.joined.is_one and not session.in_nested_transaction():
+            _release(session)
+            self._begin()
 
     def _own_connection(self, session: Session) -> Connection | None:
         return self._connection

@@ -1,0 +1,69 @@
+"""What a function of the application's, or a failing commit, must not undo or hide."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from aiogram.fsm.storage.base import StorageKey
+from aiogram.types import TelegramObject
+from backends import POSTGRESQL, SQLITE, Backend
+from conftest import Open, engine_of
+from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.orm import Session
+
+from hybrid_storage import SessionMiddleware, SQLAlchemyStorage
+
+pytestmark = pytest.mark.parametrize("backend", [SQLITE[0], POSTGRESQL[0]], ids=str)
+
+
+@pytest.mark.parametrize("undo", [Session.rollback, Session.close], ids=["rollback", "close"])
+async def test_what_came_before_a_function_is_not_the_functions_to_undo(
+    undo: Callable[[Session], None], storage: SQLAlchemyStorage, key: StorageKey
+) -> None:
+    async with storage.transaction() as session:
+        await storage.set_state(key, "paid")
+        model: Any = storage.model
+        session.add(model(id="an order"))
+        await storage.run_sync(undo)
+    assert await storage.get_state(key) == "paid"
+    assert await storage.run_sync(lambda own: own.get(storage.model, "an order") is not None)
+
+
+async def test_a_commit_that_fails_leaves_error_handlers_a_session_that_says_so(
+    storage: SQLAlchemyStorage, key: StorageKey
+) -> None:
+    data: dict[str, Any] = {}
+
+    async def handler(event: TelegramObject, data: dict[str, Any]) -> None:
+        model: Any = storage.model
+        data["session"].add_all([model(id="twice"), model(id="twice")])
+
+    with pytest.raises(Exception, match=r"(?i)unique|conflict|identity|duplicate"):
+        await SessionMiddleware(storage)(handler, TelegramObject(), data)
+    with pytest.raises(InvalidRequestError, match="rolled back"):
+        data["session"].get(storage.model, "twice")
+
+
+async def test_synchronous_code_does_not_wait_for_the_handler_that_calls_it(
+    backend: Backend, open_storage: Open, key: StorageKey
+) -> None:
+    storage = await open_storage(backend)
+    isolation = storage.create_isolation(unit_of_work=True)
+    await storage.create_table()
+
+    def locks() -> bool:
+        with isolation.lock_sync(key):
+            held: bool = isolation.still_held(key)
+        assert not isolation.still_held(key)
+        return held
+
+    async with isolation.lock(key):
+        with pytest.raises(RuntimeError, match="wait for its own handler"):
+            await storage.run_sync(lambda session: locks())
+    with pytest.raises(RuntimeError, match="blocks its thread"):
+        locks()
+    assert await asyncio.to_thread(locks)
+    storage.metadata.drop_all(engine_of(storage))
