@@ -1,9 +1,8 @@
-"""What a function of the application's, or a failing commit, must not undo or hide."""
+"""What a failing commit must not hide, and what synchronous code must not wait for."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,24 +11,10 @@ from aiogram.types import TelegramObject
 from backends import POSTGRESQL, SQLITE, Backend
 from conftest import Open, engine_of
 from sqlalchemy.exc import InvalidRequestError
-from sqlalchemy.orm import Session
 
 from hybrid_storage import SessionMiddleware, SQLAlchemyStorage
 
 pytestmark = pytest.mark.parametrize("backend", [SQLITE[0], POSTGRESQL[0]], ids=str)
-
-
-@pytest.mark.parametrize("undo", [Session.rollback, Session.close], ids=["rollback", "close"])
-async def test_what_came_before_a_function_is_not_the_functions_to_undo(
-    undo: Callable[[Session], None], storage: SQLAlchemyStorage, key: StorageKey
-) -> None:
-    async with storage.transaction() as session:
-        await storage.set_state(key, "paid")
-        model: Any = storage.model
-        session.add(model(id="an order"))
-        await storage.run_sync(undo)
-    assert await storage.get_state(key) == "paid"
-    assert await storage.run_sync(lambda own: own.get(storage.model, "an order") is not None)
 
 
 async def test_a_commit_that_fails_leaves_error_handlers_a_session_that_says_so(

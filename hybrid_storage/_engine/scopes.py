@@ -108,13 +108,9 @@ class Scope:
                 registry.standing_for(self.session) if registry is not None else nullcontext(),
                 interrupter.reaching(connection) if connection is not None else nullcontext(),
             ):
-                self._root._before_function(session)
                 return function(session)
 
         return await self._carry(in_session, None)
-
-    def _before_function(self, session: Session) -> None:
-        """Keep a function of the application's from undoing what came before it."""
 
     @contextmanager
     def _occupied(self) -> Iterator[None]:

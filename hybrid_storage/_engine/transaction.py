@@ -110,12 +110,6 @@ class TransactionScope(Scope):
                 error.add_detail(_ENDED_BELOW)
             raise
 
-    def _before_function(self, session: Session) -> None:
-        # What came before is not the function's to undo, by rollback() or remove().
-        if self._side.joined.is_one and not session.in_nested_transaction():
-            _release(session)
-            self._begin()
-
     def _own_connection(self, session: Session) -> Connection | None:
         return self._connection
 
