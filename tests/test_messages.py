@@ -107,9 +107,9 @@ async def test_data_that_json_does_not_know(open_storage: Open, key: StorageKey)
 
 def test_isolation_that_is_constructed_by_hand() -> None:
     isolation: Any = SQLAlchemyEventIsolation
-    options = dict.fromkeys(["lease", "poll", "wait", "retry_for", "slow_after"], 1.0)
+    options = dict.fromkeys(["lease", "poll", "wait"], 1.0)
     with pytest.raises(TypeError, match=r"storage.create_isolation\(\)"):
-        isolation(None, None, None, None, **options)
+        isolation(None, None, None, None, None, **options)
 
 
 @pytest.mark.parametrize("backend", SERVERS, ids=str)
