@@ -116,6 +116,7 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         scope = self._access.scope()
         is_writing = scope is not None and scope.holds_write_lock()
         wait = PARENT_WAIT if is_writing and self._wait is None else self._wait
+        lease: HeldLease | None = None
         with here.queue(row) as turn:
             with anyio.move_on_after(wait) as limit:
                 await turn.acquire()

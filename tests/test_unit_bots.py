@@ -122,7 +122,8 @@ class Updates(Telegram):
     async def make_request(
         self, bot: TelegramBot, method: TelegramMethod[TelegramType], timeout: int | None = None
     ) -> TelegramType:
-        if isinstance(method, GetUpdates) and not self.left:
+        is_polled: bool = isinstance(method, GetUpdates)
+        if is_polled and not self.left:
             await asyncio.sleep(0.01)
         return await super().make_request(bot, method, timeout)
 
@@ -230,16 +231,17 @@ async def test_no_message_goes_out_before_its_state_is_written(
     if in_transaction:
         dispatcher.update.outer_middleware(SessionMiddleware(bot.storage))
     states: list[str | None] = []
+    user = bot
 
     class Watching(Telegram):
         async def make_request(
             self,
-            bot_: TelegramBot,
+            bot: TelegramBot,
             method: TelegramMethod[TelegramType],
             timeout: int | None = None,
         ) -> TelegramType:
-            states.append((await bot.stored())[0])
-            return await super().make_request(bot_, method, timeout)
+            states.append((await user.stored())[0])
+            return await super().make_request(bot, method, timeout)
 
     @dispatcher.message()
     async def step(message: Message, state: FSMContext, bot: TelegramBot) -> None:

@@ -86,21 +86,21 @@ class Leases:
         parameters: dict[str, Any] = {"_row": row, "_owner": owner, "_lease": lease}
         if dialect.at_once:
             parameters["_wanted"] = list(wanted)
-            rows = executed(connection, dialect.at_once[bool(wanted)], parameters).rows or ()
+            rows = executed(connection, dialect.at_once[bool(wanted)], parameters).rows or []
             version, seen = rows[0][:2]
         else:
             answer = executed(connection, dialect.acquire, parameters)
             parameters = {"_row": row, "_wanted": list(wanted)}
             # Read after the upsert has locked the row, or not taken.
             if answer.rows is None:
-                rows = executed(connection, dialect.read, parameters).rows or ()
+                rows = executed(connection, dialect.read, parameters).rows or []
                 version, seen = (rows[0][0], rows[0][0] - 1) if rows[0][1] == owner else (None, 0)
             else:
                 version = answer.scalar()
                 seen = (version or 1) - 1
-                rows = ()
+                rows = []
                 if version is not None and wanted:
-                    rows = executed(connection, dialect.read, parameters).rows or ()
+                    rows = executed(connection, dialect.read, parameters).rows or []
         if version is None:
             return None
         there = {each[-3]: Texts(*each[-2:]) for each in rows if each[-3] is not None}

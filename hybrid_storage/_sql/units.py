@@ -47,10 +47,8 @@ class Units:
         """Whether PostgreSQL can do without a transaction."""
         self._one_statement: dict[tuple[bool, bool], sa.Executable] = {}
         these = table.c.id.in_(sa.bindparam("_rows", expanding=True))
-        self.select: sa.Select[Any] = sa.select(table.c.id, table.c.state, table.c.data).where(
-            these
-        )
-        self._select_locked = self.select.order_by(table.c.id).with_for_update()
+        self._select: Any = sa.select(table.c.id, table.c.state, table.c.data).where(these)
+        self._select_locked = self._select.order_by(table.c.id).with_for_update()
         this = table.c.id == sa.bindparam("_row")
         self._touch = sa.update(table).where(this).values(id=table.c.id)
         texts: dict[str, Any] = {"state": sa.bindparam("_state"), "data": sa.bindparam("_data")}
@@ -66,7 +64,7 @@ class Units:
         """Return what rows hold, None for those that are not there."""
         for row in rows:
             self._rows.check(connection, row)
-        return self._read(connection, self.select, rows)
+        return self._read(connection, self._select, rows)
 
     def write_at_once(
         self,
@@ -196,6 +194,7 @@ def _one_statement(
     ).cte("given")
     holds: list[sa.ColumnElement[bool]] = []
     held: Any = sa.literal_column("1")
+    this: Any = None
     if locks is not None:
         this = sa.and_(
             locks.c.id == sa.bindparam("_row"),
