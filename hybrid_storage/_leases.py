@@ -23,7 +23,7 @@ from tenacity import AsyncRetrying, retry_if_result, wait_random_exponential
 from ._engine.access import Access
 from ._engine.calls import Call
 from ._engine.cancellation import run_to_completion
-from ._engine.errors import in_short, is_serialization_failure
+from ._engine.errors import in_short, is_missing_table, is_serialization_failure
 from ._engine.retries import logger
 from ._sql.leases import Fence, Leases, Taken
 
@@ -99,8 +99,9 @@ class HeldLeases:
         )
         try:
             taken = await attempt() or await again(attempt)
-        except BaseException:
-            if unanswered:  # it may have been taken, for a caller that is gone
+        except BaseException as error:
+            # It may have been taken, for a caller that is gone.
+            if unanswered and not is_missing_table(error):
                 await run_to_completion(self._release(here, row, retry_for=0))
             raise
         assert taken is not None

@@ -6,6 +6,7 @@ For ``isolation.py``.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import threading
 import time
@@ -19,7 +20,7 @@ from sqlalchemy import Connection
 
 from ._engine.access import Access
 from ._engine.calls import Call
-from ._engine.errors import in_short
+from ._engine.errors import in_short, is_missing_table
 from ._engine.factories import synchronous
 from ._engine.retries import logger, with_retries_sync
 from ._engine.runner import Runner
@@ -95,10 +96,10 @@ def held_in_this_thread(
                 mine.discard(this)
                 return
 
-    began, pause = time.monotonic(), FIRST_PAUSE
+    ends_at, pause = time.monotonic() + (math.inf if wait is None else wait), FIRST_PAUSE
     try:
-        while not execute(acquire, access.retry_for):
-            if wait is not None and time.monotonic() - began > wait:
+        while not execute(acquire, min(access.retry_for, ends_at - time.monotonic())):
+            if time.monotonic() > ends_at:
                 raise TimeoutError(
                     f"could not acquire the lock for {row!r} within {wait:g} s: its holder is "
                     "still at work, or has died within the last lease"
@@ -107,8 +108,9 @@ def held_in_this_thread(
             pause = min(2 * pause, poll)
     except TypeError:  # asynchronous sessions: nothing was asked for
         raise
-    except BaseException:  # it may have been taken, and the answer lost
-        _release(partial(execute, seconds=0), release, row)
+    except BaseException as error:  # it may have been taken, and the answer lost
+        if not is_missing_table(error):
+            _release(partial(execute, seconds=0), release, row)
         raise
     mine.add(this)
     heartbeat = threading.Thread(target=renew, name=f"renews {row}", daemon=True)

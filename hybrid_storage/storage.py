@@ -17,6 +17,7 @@ from ._codec import Codec, JsonDumps, JsonLoads
 from ._engine.access import Access
 from ._engine.calls import Call
 from ._engine.factories import SessionFactory, engine_and_factory, session_factory
+from ._engine.retries import logger
 from ._engine.runner import Runner
 from ._engine.threads import run_in_thread
 from ._sql.leases import Leases
@@ -122,6 +123,7 @@ class SQLAlchemyStorage(Tables[S], BaseStorage, Generic[S, M]):
         units = UnitsOfWork(access, self._calls, codec.row)
         super().__init__(access, units, getattr(factory, "registry", None))
         self._tables = [self.table]
+        self._isolations: set[bool] = set()
         self.engine: AnyEngine | None = None
         """The engine that :meth:`from_url` has made: to dispose with ``close=False`` in a process
         that has been forked. None where the factory is the application's."""
@@ -189,6 +191,13 @@ class SQLAlchemyStorage(Tables[S], BaseStorage, Generic[S, M]):
         :return: what to pass as ``Dispatcher(events_isolation=...)``
         """
         leases = None
+        if self._isolations - {lease is None}:
+            logger.warning(
+                "table %r has an isolation with a lease and one without: neither waits for the "
+                "other's locks. Give the dispatcher and lock_sync() the same one",
+                self.table.fullname,
+            )
+        self._isolations.add(lease is None)
         if lease is not None:
             table = declare_lock_table(self.model)
             self._tables = [self.table, table]

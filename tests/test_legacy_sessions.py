@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import anyio
 import pytest
 from aiogram.fsm.storage.base import StorageKey
+from anyio import to_thread
 from backends import MARIADB, POSTGRESQL, SQLITE, Backend, mysql_version
 from conftest import Open
 from flask import Flask
@@ -355,3 +357,112 @@ async def test_a_transaction_that_is_ended_below_its_block_is_explained(
             await storage.set_state(key, "paid")
             await storage.run_sync(end)
     await storage.run_sync(lambda session: table.drop(session.connection(), checkfirst=True))
+
+
+async def test_a_session_that_is_used_after_its_block_is_refused(shop: Shop) -> None:
+    async with shop.storage.transaction() as session:
+        pass
+    with pytest.raises(InvalidRequestError, match="is over"):
+        session.query(shop.Order).all()
+    kept = await shop.storage.run_sync(lambda session: session)
+    for late in (session, kept):
+        with pytest.raises(InvalidRequestError, match="is over"):
+            await to_thread.run_sync(lambda late=late: late.query(shop.Order).all())
+        late.close()
+
+
+async def test_a_savepoint_in_the_event_loop_is_refused_and_the_session_goes_on(shop: Shop) -> None:
+    async with shop.storage.transaction() as session:
+        session.add_all([shop.Order(product="kept"), shop.Ledger(entry="kept")])
+        await shop.storage.run_sync(Session.flush)
+        with pytest.raises(InvalidRequestError, match="blocks the event loop"):
+            session.begin_nested()
+    assert await shop.products() == ["kept"]
+
+
+async def test_a_factory_that_does_more_than_make_a_session_is_called(
+    engines: list[Engine], key: StorageKey
+) -> None:
+    class Telling(sessionmaker[Session]):
+        def __call__(self, **options: Any) -> Session:
+            session = super().__call__(**options)
+            session.info["tenant"] = 7
+            return session
+
+    storage = SQLAlchemyStorage(Telling(engines[0]), table_name=f"fsm_{uuid.uuid4().hex}")
+    assert await storage.run_sync(lambda session: session.info["tenant"]) == 7
+    async with storage.transaction() as session:
+        assert session.info["tenant"] == 7
+
+
+async def test_sessions_that_do_not_begin_by_themselves(shop: Shop, key: StorageKey) -> None:
+    shop.session.configure(autobegin=False)
+
+    async with shop.storage.transaction():
+        await shop.storage.set_state(key, "paid")
+        await shop.run(lambda: shop.session.commit())
+    await shop.run(lambda: shop.session.commit())
+    shop.session.configure(autobegin=True)
+    assert await shop.storage.get_state(key) == "paid"
+
+
+async def test_a_function_that_commits_the_session_of_using_is_explained(
+    shop: Shop, key: StorageKey
+) -> None:
+    """Its commit is that of the whole session: a nested block can undo nothing any more."""
+    session = shop.session()
+    async with shop.storage.using(session):
+        with pytest.raises(InvalidRequestError, match="in place of using"):
+            async with shop.storage.transaction():
+                await shop.storage.set_state(key, "committed")
+                await shop.storage.run_sync(Session.commit)
+    shop.session.remove()
+    assert await shop.storage.get_state(key) == "committed"
+
+
+@pytest.mark.parametrize("backend", [*SQLITE, *POSTGRESQL], ids=str)
+async def test_a_nested_transaction_leaves_the_handlers_own_savepoint_alone(
+    backend: Backend, open_storage: Open, key: StorageKey
+) -> None:
+    storage: SQLAlchemyStorage[Any] = await open_storage(backend)
+    async with storage.transaction(allow_blocking=True) as session:
+        await storage.set_state(key, "before")
+        own = session.begin_nested()
+        if backend.is_async:
+            await own
+        async with storage.transaction():
+            await storage.set_state(key, "inside")
+        assert await storage.get_state(key) == "inside"
+        if backend.is_async:
+            await own.rollback()
+        else:
+            own.rollback()
+        assert await storage.get_state(key) == "before"
+    assert await storage.get_state(key) == "before"
+
+
+@pytest.mark.parametrize("engines", POSTGRESQL[:1], ids=str, indirect=True)  # SQLite has one writer
+async def test_two_functions_at_a_time_in_one_scope_are_refused(engines: list[Engine]) -> None:
+    """Each would get the other's session, and the other's transaction."""
+    session = scoped_session(sessionmaker(engines[0]), scopefunc=lambda: "the app")
+    storage = SQLAlchemyStorage(session, table_name=f"fsm_{uuid.uuid4().hex}")
+    begun, ends = threading.Event(), threading.Event()
+
+    def first(own: Session) -> bool:
+        begun.set()
+        ends.wait(30)
+        return session() is own
+
+    async with anyio.create_task_group() as group:
+        found: list[bool] = []
+
+        async def run() -> None:
+            found.append(await storage.run_sync(first))
+
+        group.start_soon(run)
+        await to_thread.run_sync(begun.wait, 30)
+        with pytest.raises(RuntimeError, match="tells threads and tasks apart"):
+            await storage.run_sync(lambda _: session())
+        ends.set()
+    assert found == [True]
+    assert await storage.run_sync(lambda own: session() is own)

@@ -83,9 +83,11 @@ _NOT_YET = re.compile(
 _OF_THE_SERVER = ":  "  # libpq writes two blanks after the severity, in every language
 
 
-def is_missing_table(error: DBAPIError) -> bool:
+def is_missing_table(error: BaseException) -> bool:
     """Tell whether a statement failed because its table is not there."""
-    return _is_about(error, _MISSING_TABLE, _MISSING_TABLE_IN_SQLITE)
+    return isinstance(error, DBAPIError) and _is_about(
+        error, _MISSING_TABLE, _MISSING_TABLE_IN_SQLITE
+    )
 
 
 def is_missing_column(error: DBAPIError) -> bool:

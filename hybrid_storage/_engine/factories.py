@@ -125,7 +125,12 @@ class Registry:
                 f"the scoped session cannot be used in run_sync(): {error}. With Flask, say "
                 "SQLAlchemyStorage(db.session, db.Model, context=app.app_context)"
             ) from error
-        create.sessions[scope] = session
+        if create.sessions.setdefault(scope, session) is not session:
+            raise RuntimeError(
+                f"the scoped session's scopefunc gives {scope!r} for two functions at a time, which "
+                "would get each other's session: use one that tells threads and tasks apart, or "
+                "pass a context= to the storage in which it gives another scope to each call"
+            )
         registry.set(session)
         try:
             yield

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
@@ -37,6 +38,11 @@ _BLOCKS = (
     "know that it does not wait, say `transaction(allow_blocking=True)`"
 )
 
+_ENDED = (
+    "the block that this session belongs to is over, and its connection given back: open another "
+    "`storage.transaction()`, and let no function keep the session that it was given"
+)
+
 
 class JoinedConnections:
     """The connections of one transaction: one for each engine that the session asks for."""
@@ -55,12 +61,15 @@ class JoinedConnections:
         self._connections: dict[Bind, Connection] = {}
         self._transactions: list[Transaction] = []
         self._savepoints: list[list[Transaction]] = []
+        self._has_ended = False
 
     def connection(self, bind: Bind, connect: Connect = connected) -> Connection:
         """Return the connection to use in place of an engine, begun if it is the first time."""
         connection = self._connections.get(bind)
         if connection is not None:
             return connection
+        if self._has_ended:
+            raise InvalidRequestError(_ENDED)
         self.refuse()
         connection = self._stack.enter_context(connect(bind))
         if self.is_one:
@@ -86,7 +95,7 @@ class JoinedConnections:
         :raises InvalidRequestError: in the event loop's thread
         """
         if self.would_block():
-            raise InvalidRequestError(_BLOCKS)
+            raise InvalidRequestError(_ENDED if self._has_ended else _BLOCKS)
 
     def would_block(self) -> bool:
         """Tell whether a statement would block the event loop."""
@@ -105,12 +114,17 @@ class JoinedConnections:
     def end(self, *, commits: bool) -> None:
         """Commit or roll back on all connections, and give them back."""
         with self._stack:
+            self._stack.callback(self._forget)
             if commits:
                 for each in self._transactions:
                     if isinstance(each, TwoPhaseTransaction) and len(self._transactions) > 1:
                         each.prepare()
             for each in self._transactions:
                 each.commit() if commits else each.rollback()
+
+    def _forget(self) -> None:
+        self._has_ended = True
+        self._connections.clear()
 
 
 class JoinedSession(Session):
@@ -135,7 +149,10 @@ class JoinedSession(Session):
 
     def begin(self, nested: bool = False) -> SessionTransaction:
         """Begin, or begin a savepoint in what has begun: ``with session.begin():`` works."""
-        return super().begin(nested=nested or self.in_transaction())
+        nested = nested or self.in_transaction()
+        if nested:
+            self.joined.refuse()  # refused later, the session would fail
+        return super().begin(nested=nested)
 
     def close(self) -> None:
         """Close; in the event loop's thread, where that would block, only forget all objects."""
@@ -188,7 +205,9 @@ def open_joined(
         base = settings.get("sync_session_class") or factory.class_.sync_session_class
         session = factory(sync_session_class=joining(base), **options)
     else:
-        session = joining(factory.class_)(**{**settings, **options})
+        joined_factory = copy(factory)  # to be called: one of a class of its own may do more
+        joined_factory.class_ = joining(factory.class_)
+        session = joined_factory(**options)
     side = cast("JoinedSession", synchronous(session))
     side.joined = JoinedConnections(
         is_one=is_one,

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from anyio import Lock, move_on_after
 from sqlalchemy import Connection
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
-from sqlalchemy.exc import PendingRollbackError
+from sqlalchemy.exc import PendingRollbackError, ResourceClosedError
 from sqlalchemy.orm import Session
 
 from .calls import Call
@@ -39,6 +39,12 @@ T = TypeVar("T")
 
 # The scope that a function of the application's is using, in its context and its tasks'.
 _occupied: ContextVar[Scope | None] = ContextVar("occupied", default=None)
+
+_ENDED_INSIDE = (
+    "a function has committed or rolled back your session inside a nested transaction(), and with "
+    "it all that came before: in place of using(session), open `storage.transaction()`, where the "
+    "commit of such a function is a savepoint"
+)
 
 
 class ScopeClosed(Exception):
@@ -192,7 +198,14 @@ class Scope:
     ) -> Callable[[bool, Session], object]:
         begin_for_real(session.connection())
         savepoint = session.begin_nested()
-        return lambda commits, _: savepoint.commit() if commits else savepoint.rollback()
+
+        def end(commits: bool, _: Session) -> None:
+            try:
+                savepoint.commit() if commits else savepoint.rollback()
+            except ResourceClosedError as error:
+                raise ResourceClosedError(_ENDED_INSIDE) from error
+
+        return end
 
     async def _carry(self, work: Callable[[Session, Interrupter], T], bind: Bind | None) -> T:
         async with self._turn():

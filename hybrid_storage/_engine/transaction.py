@@ -27,8 +27,8 @@ T = TypeVar("T")
 _ENDED_BELOW = (
     "the transaction has ended before its block: MariaDB and MySQL commit it where a statement "
     "defines something (CREATE, ALTER, DROP, TRUNCATE), and what came before stays; a deadlock "
-    "rolls it back; a COMMIT or ROLLBACK sent as text ends it, too. Create tables outside of "
-    "transaction()"
+    "rolls it back; a COMMIT or ROLLBACK sent as text ends it, too; an engine with the isolation "
+    "level AUTOCOMMIT has none. Create tables outside of transaction()"
 )
 
 
@@ -119,6 +119,8 @@ class TransactionScope(Scope):
     def _begin_savepoint(
         self, session: Session, _: Interrupter
     ) -> Callable[[bool, Session], object]:
+        if session.in_nested_transaction():  # the handler's own begin_nested(), to be kept
+            return super()._begin_savepoint(session, _)
         # Below the session's own savepoint, or a function that commits would release both.
         _release(session)
         self._side.joined.savepoint()
