@@ -367,7 +367,7 @@ async def test_a_session_that_is_used_after_its_block_is_refused(shop: Shop) -> 
     kept = await shop.storage.run_sync(lambda session: session)
     for late in (session, kept):
         with pytest.raises(InvalidRequestError, match="is over"):
-            await to_thread.run_sync(lambda late=late: late.query(shop.Order).all())
+            await to_thread.run_sync(late.query(shop.Order).all)
         late.close()
 
 
@@ -453,12 +453,12 @@ async def test_two_functions_at_a_time_in_one_scope_are_refused(engines: list[En
         ends.wait(30)
         return session() is own
 
+    found: list[bool] = []
+
+    async def run() -> None:
+        found.append(await storage.run_sync(first))
+
     async with anyio.create_task_group() as group:
-        found: list[bool] = []
-
-        async def run() -> None:
-            found.append(await storage.run_sync(first))
-
         group.start_soon(run)
         await to_thread.run_sync(begun.wait, 30)
         with pytest.raises(RuntimeError, match="tells threads and tasks apart"):

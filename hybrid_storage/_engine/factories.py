@@ -127,7 +127,7 @@ class Registry:
             ) from error
         if create.sessions.setdefault(scope, session) is not session:
             raise RuntimeError(
-                f"the scoped session's scopefunc gives {scope!r} for two functions at a time, which "
+                f"the scoped session's scopefunc gives {scope!r} to two functions at a time, which "
                 "would get each other's session: use one that tells threads and tasks apart, or "
                 "pass a context= to the storage in which it gives another scope to each call"
             )
