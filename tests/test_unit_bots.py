@@ -5,29 +5,32 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from aiogram import Bot as TelegramBot
-from aiogram import Dispatcher
+from aiogram import Dispatcher, F
 from aiogram.dispatcher.event.bases import SkipHandler
 from aiogram.fsm.context import FSMContext
 from aiogram.methods import GetMe, GetUpdates, TelegramMethod
 from aiogram.methods.base import TelegramType
-from aiogram.types import ErrorEvent, Message
+from aiogram.types import ErrorEvent, Message, Update
+from aiogram_dialog import Dialog, DialogManager, StartMode, Window, setup_dialogs
+from aiogram_dialog.widgets.text import Format
 from backends import SERVERS, Backend
 from blocking import PATIENCE, statements, until
-from conftest import Open, rows
+from conftest import rows
 from test_isolation import update
 from test_scenes_and_dialogs import (
+    DATE,
     USER,
     Conversation,
+    Order,
     Telegram,
     dialog_bot,
     scene_bot,
 )
-from units import BEFORE, HISTORY, KEY, LEASES, Bot, running, writes
+from units import BEFORE, HISTORY, KEY, Bot, outside, writes
 
 from hybrid_storage import FlushMiddleware, SessionMiddleware
 
@@ -36,15 +39,6 @@ pytestmark = pytest.mark.parametrize(
     {(backend.server, backend.is_async): backend for backend in SERVERS}.values(),
     ids=str,
 )
-
-
-@pytest.fixture(params=list(LEASES.values()), ids=list(LEASES))
-async def bot(
-    request: pytest.FixtureRequest, backend: Backend, open_storage: Open
-) -> AsyncIterator[Bot]:
-    """Return a bot whose user has been here before."""
-    async with running(await open_storage(backend), request.param) as bot:
-        yield bot
 
 
 def telling(dispatcher: Dispatcher) -> Conversation:
@@ -97,6 +91,73 @@ async def test_a_dialog_goes_through_its_windows(bot: Bot) -> None:
         assert await user.click("Yes") == ["Seen ['tea', 'coffee']: {'table': 5}"]
     assert writes(bot.storage, seen) <= 4  # the stack and the context are gone
     assert await rows(bot.storage) == []
+
+
+@pytest.mark.parametrize("in_transaction", [False, True], ids=["", "SessionMiddleware"])
+async def test_a_dialog_is_changed_in_the_background_and_from_the_foreground(
+    bot: Bot, backend: Backend, in_transaction: bool
+) -> None:
+    has_lease = f"{bot.storage.table.name}_lock" in bot.storage.metadata.tables
+    # In SQLite a transaction that asks for a lock holds the file's write lock, without which the
+    # lock's holder cannot free it: docs/isolation.md warns of it.
+    in_transaction = in_transaction and not (has_lease and backend.server == "sqlite")
+    dispatcher = dispatcher_of(bot)
+    if in_transaction:
+        dispatcher.update.outer_middleware(SessionMiddleware(bot.storage))
+    shown: list[str] = []
+    changed = asyncio.Event()
+
+    async def show(dialog_manager: DialogManager, **_: Any) -> dict[str, Any]:
+        shown.append(dialog_manager.dialog_data.get("drink", "nothing"))
+        if shown[-1] == "coffee":
+            changed.set()
+        return {"drink": shown[-1]}
+
+    @dispatcher.message(F.text == "/start")
+    async def start(message: Message, dialog_manager: DialogManager, state: FSMContext) -> None:
+        await state.update_data(started=True)
+        await dialog_manager.start(Order.drink, mode=StartMode.RESET_STACK)
+        if not in_transaction:  # which another update would not see before its commit
+            await dialog_manager.bg().update({"drink": "coffee"})  # another update of this user's
+        await state.update_data(finished=True)
+
+    @dispatcher.message(F.text == "/coffee")
+    async def coffee(message: Message, dialog_manager: DialogManager, state: FSMContext) -> None:
+        await dialog_manager.bg().update({"drink": "coffee"})
+
+    dispatcher.include_router(Dialog(Window(Format("{drink}"), state=Order.drink, getter=show)))
+    background = setup_dialogs(dispatcher, events_isolation=bot.isolation)
+    telegram = Telegram()
+    telegram_bot = TelegramBot("42:TOKEN", session=telegram)
+    for text in ["/start", "/coffee"][: 1 + in_transaction]:
+        raw = {
+            "update_id": 1,
+            "message": {
+                "message_id": 1,
+                "date": DATE,
+                "text": text,
+                "chat": {"id": USER, "type": "private"},
+                "from": {"id": USER, "is_bot": False, "first_name": "Ada"},
+            },
+        }
+        message = Update.model_validate(raw, context={"bot": telegram_bot})
+        feeding = dispatcher.feed_update(telegram_bot, message)
+        await asyncio.wait_for(outside(feeding), PATIENCE)
+    await asyncio.wait_for(changed.wait(), PATIENCE)
+    await until(lambda: not bot.isolation.still_held(KEY))
+
+    async def foreground() -> None:
+        manager = background.bg(telegram_bot, USER, USER)
+        async with manager.fg() as dialog:
+            assert dialog.dialog_data == {"drink": "coffee"}
+            dialog.dialog_data["drink"] = "tea"
+
+    await asyncio.wait_for(outside(foreground()), PATIENCE)
+    assert shown[0] == "nothing"
+    assert shown[-1] in ("coffee", "tea")
+    assert await bot.stored() == ("Form:name", {**BEFORE[1], "started": True, "finished": True})
+    [data] = [row[2] for row in await rows(bot.storage) if "context" in row[0]]
+    assert '"drink": "tea"' in data
 
 
 # Polling

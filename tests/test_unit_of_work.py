@@ -7,24 +7,12 @@ On each driver, with a lease in the database and without. Transactions are in
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import pytest
 from aiogram.dispatcher.event.bases import CancelHandler, SkipHandler
-from backends import Backend
+from backends import MARIADB, POSTGRESQL, Backend
 from blocking import give_way, statements, until
-from conftest import Open
-from units import BEFORE, HISTORY, KEY, LEASES, Bot, running, writes
-
-
-@pytest.fixture(params=list(LEASES.values()), ids=list(LEASES))
-async def bot(
-    request: pytest.FixtureRequest, backend: Backend, open_storage: Open
-) -> AsyncIterator[Bot]:
-    """Return a bot whose user has been here before."""
-    async with running(await open_storage(backend), request.param) as bot:
-        yield bot
-
+from units import BEFORE, HISTORY, KEY, Bot, writes
 
 # Reads
 
@@ -222,3 +210,26 @@ async def test_a_conversation_that_was_only_read_stays_cleared(bot: Bot) -> None
         await bot.storage.set_state(HISTORY, "else")
         await bot.meanwhile("clear")
     assert await bot.stored() == (None, {})
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("backend", [*POSTGRESQL, *MARIADB], ids=str)
+async def test_what_the_database_cannot_hold_is_refused_at_the_call(
+    bot: Bot, backend: Backend
+) -> None:
+    """At the end of the update, nobody would know which call it was, and all would be lost."""
+    async with bot.update():
+        await bot.storage.update_data(KEY, {"kept": True})
+        if backend.server == "postgresql":
+            with pytest.raises(ValueError, match="NUL"):
+                await bot.storage.set_state(KEY, "Form:\0")
+        else:
+            with pytest.raises(ValueError, match="max_allowed_packet"):
+                await bot.storage.update_data(KEY, {"file": "x" * 20_000_000})
+        await bot.storage.update_data(KEY, {"large": "x" * 200_000})
+    assert await bot.stored() == (
+        "Form:name",
+        {**BEFORE[1], "kept": True, "large": "x" * 200_000},
+    )

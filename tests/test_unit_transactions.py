@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import datetime
 import uuid
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
@@ -22,16 +21,6 @@ from test_encrypted_data import Encrypted
 from units import ANOTHER, BEFORE, HISTORY, KEY, LEASES, Bot, outside, running
 
 from hybrid_storage import FSMData, LockLostError
-
-
-@pytest.fixture(params=list(LEASES.values()), ids=list(LEASES))
-async def bot(
-    request: pytest.FixtureRequest, backend: Backend, open_storage: Open
-) -> AsyncIterator[Bot]:
-    """Return a bot whose user has been here before."""
-    async with running(await open_storage(backend), request.param) as bot:
-        yield bot
-
 
 # Flushing
 

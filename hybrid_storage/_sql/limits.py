@@ -14,6 +14,11 @@ _CHARSET: Any = select(literal_column("@@character_set_client"))
 _PACKET: Any = select(literal_column("@@max_allowed_packet"))
 
 
+def is_doubtful(text: str | None) -> bool:
+    """Tell without asking whether there are databases that cannot hold a text."""
+    return text is not None and (len(text) > _LARGE or "\0" in text)
+
+
 class Limits:
     """The limits of one table on one kind of database."""
 

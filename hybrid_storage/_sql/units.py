@@ -66,6 +66,13 @@ class Units:
             self._rows.check(connection, row)
         return self._read(connection, self._select, rows)
 
+    def check(self, connection: Connection, change: ChangedRow) -> None:
+        """Refuse what the database cannot hold.
+
+        :raises ValueError: if it cannot
+        """
+        self._rows.check(connection, change.row, *change.now)
+
     def write_at_once(
         self,
         connection: Connection,
@@ -83,7 +90,8 @@ class Units:
         is_postgresql = isinstance(connection.dialect, PGDialect)
         if not (changes and is_postgresql and self.fits_one_statement):
             return self.write(connection, changes, fence, frees=frees)
-        self._check(connection, changes)
+        for change in changes:
+            self.check(connection, change)
         kind = (fence is not None, frees)
         if kind not in self._one_statement:
             locks = self._leases.table if fence is not None and self._leases is not None else None
@@ -112,7 +120,8 @@ class Units:
         :param nests: whether an insert that finds a row must leave the transaction as it is
         :raises IntegrityError: if a row is there that was not, and the transaction does not nest
         """
-        self._check(connection, changes)
+        for change in changes:
+            self.check(connection, change)
         if fence is not None and self._leases is not None:
             if not self._leases.holds(connection, fence, frees=frees):
                 return Outcome.LOST
@@ -151,10 +160,6 @@ class Units:
         answer = executed(connection, select, {"_rows": list(rows)}).rows or ()
         found = {row: Texts(state, data) for row, state, data in answer}
         return {row: found.get(row) for row in rows}
-
-    def _check(self, connection: Connection, changes: Sequence[ChangedRow]) -> None:
-        for change in changes:
-            self._rows.check(connection, change.row, *change.now)
 
 
 def _given(changes: Sequence[ChangedRow]) -> dict[str, Any]:
