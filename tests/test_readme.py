@@ -186,7 +186,7 @@ async def test_the_examples_of_the_legacy_page_run(
     for kind, code in LEGACY_BLOCKS:
         if kind != "alone":
             await run_awaiting(code, names)
-    assert await names["state"].get_data() == {"order": 2}
+    assert await names["state"].get_data() == {"order": 2, "orders": 2}
     assert not names["Session"].registry.has()
     close_engines()
 
