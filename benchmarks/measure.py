@@ -47,10 +47,10 @@ class Scale:
 SMOKE = Scale(
     rounds=1,
     operations=2,
-    tasks=(1, 2),
-    delays=(0.0, 0.001),
+    tasks=(2,),
+    delays=(0.001,),
     updates=1,
-    update_delays=(0.0, 0.001),
+    update_delays=(0.001,),
     update_rounds=1,
     rows=(10, 1000),
     sizes=(100, 10_000),

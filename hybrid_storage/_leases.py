@@ -121,7 +121,10 @@ class HeldLeases:
         self.rest()
         if not is_freed:
             retry_for = min(self._access.retry_for, self._lease)
-            await self._release(here, hold.fence.row, retry_for)
+            if not await self._release(here, hold.fence.row, retry_for, hold.fence.version):
+                task = asyncio.ensure_future(self._release_later(here, hold))
+                here.releases.add(task)
+                task.add_done_callback(here.releases.discard)
         if here.purges_at < time.monotonic():
             here.purges_at = time.monotonic() + _PURGE_EVERY
             here.purge = asyncio.ensure_future(self._purge())
@@ -145,13 +148,26 @@ class HeldLeases:
             self._local.set(here)
         return here
 
-    async def _release(self, here: _Here, row: str, retry_for: float) -> None:
-        release = partial(self._leases.release, row=row, owner=here.owner)
+    async def _release(
+        self, here: _Here, row: str, retry_for: float, version: int | None = None
+    ) -> bool:
+        """Free a lease, and return False if its row is locked."""
+        release = partial(self._leases.release, row=row, owner=here.owner, version=version)
         try:
-            await self._access.execute_apart(self._call(release, row), retry_for)
+            return await self._access.execute_apart(self._call(release, row), retry_for)
         except Exception as error:
             # The update has been handled; the lease ends by itself.
             logger.warning("could not free the lock of %r: %s", row, in_short(error))
+            return True
+
+    async def _release_later(self, here: _Here, hold: HeldLease) -> None:
+        """Free a lease whose row a transaction of the application's has locked for now."""
+        pause = FIRST_PAUSE
+        while time.monotonic() < hold.deadline:
+            await asyncio.sleep(pause)
+            if await self._release(here, hold.fence.row, 0, hold.fence.version):
+                return
+            pause = min(2 * pause, self._poll)
 
     async def _purge(self) -> None:
         purge = partial(self._leases.purge, age=_PURGE_AFTER, limit=_PURGED_AT_ONCE)
@@ -220,6 +236,7 @@ class _Here:
         # Kept from the garbage collector
         self.renewal: asyncio.Future[None] | None = None
         self.purge: asyncio.Future[None] | None = None
+        self.releases: set[asyncio.Future[None]] = set()
         self.purges_at = time.monotonic() + _PURGE_EVERY
 
     def lose(self, hold: HeldLease, why: str) -> None:

@@ -65,6 +65,7 @@ class UnitOfWork:
         self.conversation: StorageKey = conversation
         self.parent: UnitOfWork | None = parent
         self.task: asyncio.Task[Any] | None = asyncio.current_task()
+        self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
         self.is_open: bool = True
         self.rows: dict[str, ChangedRow] = {}
         self.expected: Sequence[str] = ()
@@ -75,6 +76,7 @@ class UnitOfWork:
         self._hold = hold
         self._turn = Lock(fast_acquire=True)
         self._lock = Lock(fast_acquire=True)
+        self._stale: set[str] = set()
         self._is_fenced = False  # by a transaction that may be open
 
     async def execute(self, call: Call[T]) -> T:
@@ -95,38 +97,50 @@ class UnitOfWork:
         is_borrowed = scope is not None and scope.is_borrowed
         if is_borrowed:
             self.forget()
+        checked: Texts | None = None
         while True:
-            if call.row not in self.rows:
+            if call.row not in self.rows or call.row in self._stale:
                 await self._read(call.row)
             async with self._lock:
                 if not self.is_open or call.in_unit is None:
                     raise UnitClosed
                 row = self.rows.get(call.row)
-                if row is not None:  # not forgotten meanwhile
-                    before = row.copied()
-                    result = call.in_unit(row)
-                    if call.writes and any(map(is_doubtful, row.now)):
-                        await self._check(row, before)
+                if row is None:  # forgotten meanwhile
+                    continue
+                changed = row.copied() if call.writes else row
+                result = call.in_unit(changed)
+                is_fine = not call.writes or not any(map(is_doubtful, changed.now))
+                if is_fine or changed.now == checked:
+                    self.rows[call.row] = changed
                     break
+            # At the call, and not at the end of the update.
+            check = partial(self._units.check, change=changed)
+            await self._access.execute(self._calls.reading(call.row, check))
+            checked = changed.now
         if is_borrowed and call.writes:
             await self.write()
         return result
 
     def found(self, rows: dict[str, Texts | None]) -> None:
-        """Take what has been read of some rows, unless they have been read before."""
+        """Take what has been read of some rows, unless that was known before."""
         for row, texts in rows.items():
-            self.rows.setdefault(row, ChangedRow(row, texts))
+            if row in self._stale and row in self.rows:
+                self.rows[row].rebase(texts)
+            else:
+                self.rows.setdefault(row, ChangedRow(row, texts))
+            self._stale.discard(row)
 
     def forget(self) -> None:
-        """Read anew what has not been changed: others may have written to it."""
+        """Read anew, since others may have written: what has been changed is changed on top."""
         self.rows = {id: row for id, row in self.rows.items() if row.is_changed}
+        self._stale = set(self.rows)
 
     async def write(self, *, ends: bool = False) -> bool:
         """Write what has been collected, in the transaction that this task has joined, if any.
 
         :param ends: whether the update is over, so that its lease is freed along
         :raises LockLostError: if the lease is not held any more; nothing is written
-        :return: whether anything was to be written, and the lease freed
+        :return: whether anything was to be written
         """
         async with self._lock:
             try:
@@ -137,15 +151,21 @@ class UnitOfWork:
 
     async def _write(self, *, ends: bool) -> bool:
         keeps_time = self._units.keeps_time
-        changes = [row for row in self.rows.values() if row.is_to_be_written(keeps_time=keeps_time)]
+        changes: list[ChangedRow] = []
+        for row in self.rows.values():
+            if row.is_to_be_written(keeps_time=keeps_time):
+                changes.append(row)
+            else:
+                row.written()  # it is there already
         scope = self._access.scope()
         # A transaction that has written behind the fence goes on holding up those who want the
         # lock. At its end they find it renewed.
-        if not changes and (scope is None or not self._is_fenced):
+        if not changes and (scope is None or ends or not self._is_fenced):
             return False
         if scope is not None:
             self._is_fenced = self._hold is not None
-            work = self._work(self._units.write, changes, ends, nests=True)
+            # A rollback would take back that the lease is free: it is freed afterwards.
+            work = self._work(self._units.write, changes, ends=False, nests=True)
             outcome = await self._access.execute(self._writing(work))
         else:
             outcome = await self._write_apart(changes, ends)
@@ -158,16 +178,9 @@ class UnitOfWork:
     async def _read(self, row: str) -> None:
         wanted = [row, *(each for each in self.expected if each not in self.rows and each != row)]
         read = self._calls.reading(row, partial(self._units.read, rows=wanted))
-        self.found(await self._access.execute(read))
-
-    async def _check(self, change: ChangedRow, before: ChangedRow) -> None:
-        """Refuse at the call, and not at the end of the update, what the database cannot hold."""
-        try:
-            check = partial(self._units.check, change=change)
-            await self._access.execute(self._calls.reading(change.row, check))
-        except BaseException:
-            self.rows[change.row] = before
-            raise
+        found = await self._access.execute(read)
+        async with self._lock:
+            self.found(found)
 
     async def _write_apart(self, changes: Sequence[ChangedRow], ends: bool) -> Outcome:
         at_once = self._writing(

@@ -7,24 +7,26 @@ a unit of work may collect what the handler does.
 
 from __future__ import annotations
 
-import asyncio
+import math
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import anyio
 from aiogram.dispatcher.event.bases import CancelHandler, SkipHandler
 from aiogram.fsm.storage.base import DEFAULT_DESTINY, BaseEventIsolation, StorageKey
 from anyio.lowlevel import RunVar
 
+from ._arguments import check_seconds
 from ._codec import Codec
 from ._engine.access import Access
 from ._engine.cancellation import run_to_completion
+from ._engine.retries import warning_if_slow
 from ._engine.slots import PARENT_WAIT
 from ._leases import HeldLease, HeldLeases
-from ._queues import Queues
+from ._queues import HeldLock, Queues, current_task
 from ._sql.leases import Leases
 from ._sql.units import Units
 from ._sync_lock import (
@@ -40,6 +42,10 @@ from .unit_of_work import UnitsOfWork
 _WAITS_FOR_FILE = (
     "waited {:g} s for the lock of {!r} inside a transaction that holds SQLite's write lock, "
     "without which the lock's holder cannot free it: take the lock first, then open the transaction"
+)
+_AT_WORK = (
+    "Its holder is still at work. A handler that asks another isolation of the same storage for "
+    "the lock waits for itself: use one isolation"
 )
 
 
@@ -75,7 +81,8 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
                 "events_isolation=storage.create_isolation()"
             )
         for name, seconds in {"lease": lease, "poll": poll, "wait": wait}.items():
-            if seconds is not None and not seconds > 0:
+            check_seconds(**{name: 1.0 if seconds is None else seconds})
+            if seconds is not None and not 0 < seconds < math.inf:
                 raise ValueError(f"{name} is a number of seconds above 0, not {seconds!r}")
         self._access = access
         self._row_of = codec.row
@@ -89,7 +96,7 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         if lease is not None and leases is not None:
             self._held = HeldLeases(access, leases, lease=lease, poll=poll)
         self._local: RunVar[Queues] = RunVar(f"isolation-{uuid.uuid4().hex}")
-        self._current: ContextVar[_Lock | None] = ContextVar("lock", default=None)
+        self._current: ContextVar[HeldLock | None] = ContextVar("lock", default=None)
 
     @asynccontextmanager
     async def lock(self, key: StorageKey) -> AsyncGenerator[None, None]:
@@ -105,8 +112,8 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
             inside a transaction that holds SQLite's write lock, which the holder may need
         :raises LockLostError: if the lock was lost, so that the unit of work could not be written
         """
-        conversation = replace(key, destiny=DEFAULT_DESTINY)
-        outer = self._holder(conversation, _task())
+        conversation = self._conversation(key)
+        outer = self._holder(conversation, current_task())
         if outer is not None:
             with outer.nested(key):
                 yield
@@ -118,7 +125,8 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         wait = PARENT_WAIT if is_writing and self._wait is None else self._wait
         lease: HeldLease | None = None
         with here.queue(row) as turn:
-            with anyio.move_on_after(wait) as limit:
+            slow_after, what = self._access.slow_after, f"an update for the lock of {row!r}"
+            with anyio.move_on_after(wait) as limit, warning_if_slow(slow_after, what, _AT_WORK):
                 await turn.acquire()
                 try:
                     lease = await self._take(key, row)
@@ -159,7 +167,7 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         """
         if self._leases is None or self._lease is None:
             raise RuntimeError(NO_LEASE)
-        conversation = replace(key, destiny=DEFAULT_DESTINY)
+        conversation = self._conversation(key)
         if self._holder(conversation) is not None:  # run_sync() has passed on its context
             raise RuntimeError(HELD_BY_HANDLER.format(key))
         row = self._row_of(conversation)
@@ -176,7 +184,7 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         :param key: the conversation's key
         :return: False if this process does not hold the lock, or may have lost it
         """
-        row = self._row_of(replace(key, destiny=DEFAULT_DESTINY))
+        row = self._row_of(self._conversation(key))
         if is_synchronous():
             return self._leases is not None and is_held_by_this_thread(self._leases, row)
         return row in self._here().held if self._held is None else self._held.is_held(row)
@@ -185,6 +193,11 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         """Stop renewing if nothing is held; locks that are held go on to be renewed."""
         if self._held is not None:
             self._held.rest()
+
+    def _conversation(self, key: StorageKey) -> StorageKey:
+        if not isinstance(key, StorageKey):
+            self._row_of(key)  # which says what a key is
+        return replace(key, destiny=DEFAULT_DESTINY)
 
     async def _take(self, key: StorageKey, row: str) -> HeldLease | None:
         if self._held is None:
@@ -216,7 +229,8 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
             yield None
             return
         with self._units_of_work.opened(key, self._units, lease) as unit:
-            if lease is not None and lease.taken.is_latest:
+            # A transaction that is open may have written what the lock's statement did not see.
+            if lease is not None and lease.taken.is_latest and self._access.scope() is None:
                 unit.found(lease.taken.found)
             yield unit
 
@@ -226,7 +240,7 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
             lease.is_ending = True
         try:
             if unit is not None:
-                is_freed = await unit.write(ends=True)
+                is_freed = await unit.write(ends=True) and self._access.scope() is None
         finally:
             if self._held is not None and lease is not None:
                 await self._held.free(lease, is_freed=is_freed)
@@ -238,7 +252,7 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
             self._local.set(here)
         return here
 
-    def _holder(self, conversation: StorageKey, *tasks: object) -> _Lock | None:
+    def _holder(self, conversation: StorageKey, *tasks: object) -> HeldLock | None:
         """Return what holds a conversation here, in one of the tasks if some are given."""
         lock = self._current.get()
         while lock is not None and not (
@@ -249,7 +263,7 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
 
     @contextmanager
     def _known(self, conversation: StorageKey, key: StorageKey) -> Iterator[None]:
-        lock = _Lock(conversation, {key}, self._current.get())
+        lock = HeldLock(conversation, {key}, self._current.get())
         token = self._current.set(lock)
         try:
             yield
@@ -257,32 +271,3 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
             lock.is_held = False
             with suppress(ValueError):  # left in another context than entered
                 self._current.reset(token)
-
-
-def _task() -> object:
-    return asyncio.current_task()
-
-
-@dataclass
-class _Lock:
-    """A conversation that a task holds, known to what the task calls."""
-
-    conversation: StorageKey
-    keys: set[StorageKey]
-    parent: _Lock | None
-    task: object = field(default_factory=_task)
-    is_held: bool = True
-
-    @contextmanager
-    def nested(self, key: StorageKey) -> Iterator[None]:
-        """Hold another destiny of the conversation.
-
-        :raises RuntimeError: if the task would wait for itself
-        """
-        if key in self.keys:
-            raise RuntimeError(f"this task holds the lock of {key} already")
-        self.keys.add(key)
-        try:
-            yield
-        finally:
-            self.keys.discard(key)

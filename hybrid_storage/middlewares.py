@@ -20,6 +20,13 @@ from ._engine.retries import logger
 from .transactions import Transactions
 
 
+def _checked(middleware: object, storage: object) -> Transactions[Any]:
+    if not isinstance(storage, Transactions):
+        name = type(middleware).__name__
+        raise TypeError(f"{name}() takes a SQLAlchemyStorage, not {storage!r}")
+    return storage
+
+
 class _EndedSession:
     """Stands where the session was, for error handlers, which run when its transaction is over."""
 
@@ -51,9 +58,7 @@ class SessionMiddleware(BaseMiddleware):
         :param allow_blocking: as of :meth:`SQLAlchemyStorage.transaction`
         :raises TypeError: if the storage is not of this package
         """
-        if not isinstance(storage, Transactions):
-            raise TypeError(f"SessionMiddleware() takes a SQLAlchemyStorage, not {storage!r}")
-        self._storage = storage
+        self._storage = _checked(self, storage)
         self._name = name
         self._allow_blocking = allow_blocking
 
@@ -101,8 +106,9 @@ class FlushMiddleware(BaseRequestMiddleware):
         """Remember what to flush.
 
         :param storage: the storage of the dispatcher
+        :raises TypeError: if it is not of this package
         """
-        self._units = storage.units
+        self._units = _checked(self, storage).units
         self._has_warned = False
 
     async def __call__(
@@ -123,6 +129,7 @@ class FlushMiddleware(BaseRequestMiddleware):
             self._has_warned = True
             logger.warning(
                 "a request to the Bot API is made inside a transaction: what was flushed before it "
-                "is there for others, and safe, only once the transaction has committed"
+                "is there for others, and safe, only once the transaction has committed. Open "
+                "transaction() for what belongs together, and make the request after it"
             )
         return await make_request(bot, method)

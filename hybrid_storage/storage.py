@@ -191,18 +191,11 @@ class SQLAlchemyStorage(Tables[S], BaseStorage, Generic[S, M]):
         :return: what to pass as ``Dispatcher(events_isolation=...)``
         """
         leases = None
-        if self._isolations - {lease is None}:
-            logger.warning(
-                "table %r has an isolation with a lease and one without: neither waits for the "
-                "other's locks. Give the dispatcher and lock_sync() the same one",
-                self.table.fullname,
-            )
-        self._isolations.add(lease is None)
         if lease is not None:
             table = declare_lock_table(self.model)
             self._tables = [self.table, table]
             leases = Leases(table, self.table)
-        return SQLAlchemyEventIsolation(
+        made = SQLAlchemyEventIsolation(
             self._access,
             self._codec,
             self.units,
@@ -212,6 +205,14 @@ class SQLAlchemyStorage(Tables[S], BaseStorage, Generic[S, M]):
             poll=poll,
             wait=wait,
         )
+        if self._isolations - {lease is None}:
+            logger.warning(
+                "table %r has an isolation with a lease and one without: neither waits for the "
+                "other's locks. Give the dispatcher and lock_sync() the same one",
+                self.table.fullname,
+            )
+        self._isolations.add(lease is None)
+        return made
 
     async def flush(self) -> None:
         """Write at once what the update has collected so far, before a message goes out, say.
@@ -293,5 +294,7 @@ class SQLAlchemyStorage(Tables[S], BaseStorage, Generic[S, M]):
         unit = self.units.find(key)
         if unit is not None:
             with suppress(UnitClosed):
-                return await unit.execute(call)
+                result = await unit.execute(call)
+                self.units.remember(key)
+                return result
         return await self._access.execute(call)

@@ -144,6 +144,11 @@ class Transactions(Generic[S]):
         :raises TypeError: if the function is asynchronous
         :return: what the function returns
         """
+        if not callable(function):
+            raise TypeError(
+                f"run_sync() takes a function, and its arguments after it, not {function!r}: "
+                "run_sync(place_order, 'tea') in place of run_sync(place_order('tea'))"
+            )
         if iscoroutinefunction(function):
             raise TypeError(
                 f"run_sync() takes a synchronous function: await {function.__name__}() yourself, "

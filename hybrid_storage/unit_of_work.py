@@ -52,8 +52,8 @@ class UnitsOfWork:
         :param hold: the lease behind which to write, None where there is none
         """
         parent = self._current.get()
-        if parent is not None and not (parent.is_open and parent.task is asyncio.current_task()):
-            parent = None  # of another update, which has started this one
+        while parent is not None and not parent.is_open:
+            parent = parent.parent
         conversation = _conversation(key)
         unit = UnitOfWork(self._access, self._calls, units, conversation, hold, parent)
         unit.expected = self.expected(key)
@@ -67,26 +67,31 @@ class UnitsOfWork:
 
     def find(self, key: StorageKey) -> UnitOfWork | None:
         """Return the unit that calls for a key go to here."""
-        unit = self._current.get()
-        if unit is None:
-            return None
-        scope = self._access.scope()
         conversation = _conversation(key)
-        while unit is not None and not (unit.is_open and unit.conversation == conversation):
-            unit = unit.parent
-        # A transaction of another task than the update's has no part in the unit.
-        if unit is None or (scope is not None and scope.task is not unit.task):
-            return None
+        unit = next((each for each in self._open() if each.conversation == conversation), None)
+        if unit is None or self._has_part_in_transaction(unit):
+            return unit
+        if unit.task is asyncio.current_task():
+            unit.forget()  # what it will find changed
+        return None
+
+    def remember(self, key: StorageKey) -> None:
+        """Expect a destiny in the next update of its conversation, for this one has read it."""
         if key.destiny != DEFAULT_DESTINY:
-            self._habits.add(conversation, key.destiny)
-        return unit
+            self._habits.add(_conversation(key), key.destiny)
 
     async def write(self) -> bool:
-        """Write what this task has collected so far, in all its conversations.
+        """Write what this update has collected so far, in all its conversations.
+
+        In a task that the update has started, ``asyncio.wait_for()`` for instance, that is what the
+        update has collected.
 
         :return: whether anything was written in a transaction, and so is not there for others yet
         """
-        written = [await unit.write() for unit in self._of_this_task()]
+        units = list(self._of_this_task()) or list(
+            filter(self._has_part_in_transaction, self._open())
+        )
+        written = [await unit.write() for unit in units]
         return any(written) and self._access.scope() is not None
 
     def forget(self) -> None:
@@ -109,11 +114,19 @@ class UnitsOfWork:
             raise
 
     def _of_this_task(self) -> Iterator[UnitOfWork]:
-        unit = self._current.get()
+        return (unit for unit in self._open() if unit.task is asyncio.current_task())
+
+    def _open(self) -> Iterator[UnitOfWork]:
+        unit, loop = self._current.get(), asyncio.get_running_loop()
         while unit is not None:
-            if unit.is_open and unit.task is asyncio.current_task():
+            if unit.is_open and unit.loop is loop:
                 yield unit
             unit = unit.parent
+
+    def _has_part_in_transaction(self, unit: UnitOfWork) -> bool:
+        """Tell whether what is joined here, if anything, is of the task that the unit is of."""
+        scope = self._access.scope()
+        return scope is None or scope.task is unit.task
 
 
 class _Habits:

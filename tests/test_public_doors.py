@@ -22,6 +22,7 @@ ORDER = [
     "_sql.upsert",
     "_sql.limits",
     "_sql.rows",
+    "_sql.clock",
     "_sql.leases",
     "_sql.units",
     "_sql.tables",

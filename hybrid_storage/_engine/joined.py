@@ -24,7 +24,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from .factories import synchronous
 from .runner import Connect, connected
-from .slots import Bind
+from .slots import Bind, is_shared
 
 if TYPE_CHECKING:
     from .factories import AnySession
@@ -120,7 +120,20 @@ class JoinedConnections:
                     if isinstance(each, TwoPhaseTransaction) and len(self._transactions) > 1:
                         each.prepare()
             for each in self._transactions:
-                each.commit() if commits else each.rollback()
+                if commits:
+                    each.commit()
+                else:
+                    self._roll_back(each)
+
+    def _roll_back(self, transaction: Transaction) -> None:
+        try:
+            transaction.rollback()
+        except BaseException:
+            # The pool would hand on a connection whose transaction is open, and whoever gets it
+            # would never commit.
+            if not is_shared(transaction.connection.engine):
+                transaction.connection.invalidate()
+            raise
 
     def _forget(self) -> None:
         self._has_ended = True

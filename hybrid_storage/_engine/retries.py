@@ -84,12 +84,12 @@ def _retrying(seconds: float) -> dict[str, Any]:
 
 
 @contextmanager
-def warning_if_slow(seconds: float, what: object) -> Iterator[None]:
+def warning_if_slow(seconds: float, what: object, why: str = _MAY_BE_HELD) -> Iterator[None]:
     """Log one warning if the block takes longer, while it is still at it."""
     # In a context of its own: a timer is not to keep what the caller's context holds.
     timer = asyncio.get_running_loop().call_later(
         seconds,
-        partial(logger.warning, "%s has been waiting for %g s. %s", what, seconds, _MAY_BE_HELD),
+        partial(logger.warning, "%s has been waiting for %g s. %s", what, seconds, why),
         context=Context(),
     )
     try:

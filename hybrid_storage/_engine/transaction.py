@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import Connection
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, IllegalStateChangeError
 from sqlalchemy.orm import Session
 
 from .cancellation import Interrupter
@@ -89,7 +89,9 @@ class TransactionScope(Scope):
                 committed = commits
             finally:
                 try:
-                    session.close()
+                    # Two tasks may have used the session at a time: that is the error to see.
+                    with nullcontext() if commits else suppress(IllegalStateChangeError):
+                        session.close()
                     self._timeout.close()
                 finally:
                     self._side.joined.end(commits=committed)

@@ -21,9 +21,9 @@ from sqlalchemy.dialects.mysql import insert as mysql_insert
 from sqlalchemy.dialects.mysql.base import MySQLDialect
 from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
-from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 
 from .changes import Texts
+from .clock import now
 from .results import executed, per_dialect
 from .upsert import native_insert
 
@@ -136,9 +136,28 @@ class Leases:
         found = executed(connection, self.select_mine, parameters)
         return {row for (row,) in found.rows or ()}
 
-    def release(self, connection: Connection, row: str, owner: str) -> None:
-        """Free a lease, if it is the owner's still."""
-        executed(connection, self._dialect(connection).release, {"_row": row, "_owner": owner})
+    def release(
+        self, connection: Connection, row: str, owner: str, version: int | None = None
+    ) -> bool:
+        """Free a lease if it is the owner's still, without waiting for a row that is locked.
+
+        A transaction that the caller has open may have locked it, and would wait for itself.
+
+        :param version: as it was taken, None for any
+        :return: whether it is freed, or not the owner's any more
+        """
+        dialect = self._dialect(connection)
+        parameters: dict[str, Any] = {"_rows": [row], "_row": row, "_owner": owner}
+        if version is None:
+            there, version = self.look(connection, row)
+            if there != owner:
+                return True
+        parameters["_version"] = version
+        unlocked = dialect.select_unlocked
+        is_reached = unlocked is None or executed(connection, unlocked, parameters).found()
+        if is_reached and executed(connection, dialect.release, parameters).found():
+            return True
+        return self.look(connection, row) != (owner, version)
 
     def holds(self, connection: Connection, fence: Fence, *, frees: bool) -> bool:
         """Renew or free a lease if it is held still, and lock its row until the commit."""
@@ -221,6 +240,8 @@ class _Dialect:
             .select_from(table.outerjoin(beside, wanted))
             .where(columns.id == sa.bindparam("_row"))
         )
+        if isinstance(dialect, MySQLDialect):  # a snapshot may be older than the lock
+            self.read = self.read.with_for_update(read=True)
         # Renewal never waits for a row. One that a transaction of this process has locked, after a
         # write behind the fence, would hold up the renewal of all others.
         unlocked = leases.select_mine.with_for_update(skip_locked=True)
@@ -237,8 +258,10 @@ class _Dialect:
         this_version = sa.and_(leases.this, columns.version == sa.bindparam("_version"))
         freed = {"owner": NOBODY, "expires": clock, "version": columns.version + 1}
         self.renew_fenced = leases.update.where(this_version).values(expires=values["expires"])
-        self.release = leases.update.where(leases.this).values(freed)
-        self.free_fenced = leases.update.where(this_version).values(freed)
+        self.free_fenced = self.release = leases.update.where(this_version).values(freed)
+        if isinstance(dialect, PGDialect):
+            mine = columns.id.in_(sa.select(unlocked.cte("unlocked").c.id))
+            self.release = leases.update.where(mine, this_version).values(freed)
         is_old = columns.expires < clock - sa.bindparam("_age", type_=sa.Double)
         self.select_old = sa.select(columns.id).where(is_old).limit(sa.bindparam("_limit"))
         self.delete_old = sa.delete(table).where(
@@ -275,20 +298,3 @@ def _skips_locked(dialect: Dialect) -> bool:
         return False
     since = (10, 6) if dialect.is_mariadb else (8, 0, 1)
     return (dialect.server_version_info or ()) >= since
-
-
-def now(dialect: Dialect) -> sa.ColumnElement[Any]:
-    """Return the database's clock, in seconds since 1970, whatever its time zone."""
-    if isinstance(dialect, PGDialect):
-        # Not now(), which stands still in a transaction.
-        return sa.cast(sa.extract("epoch", sa.func.clock_timestamp()), sa.Double)
-    if isinstance(dialect, MySQLDialect):
-        time = sa.func.utc_timestamp(sa.literal_column("6"))
-        unit: Any = sa.literal_column("MICROSECOND")
-        return sa.func.timestampdiff(unit, "1970-01-01", time, type_=sa.Double) / 1e6
-    if isinstance(dialect, SQLiteDialect):
-        return (sa.func.julianday("now", type_=sa.Double) - 2440587.5) * 86400.0
-    raise NotImplementedError(
-        f"event isolation knows the clocks of PostgreSQL, MySQL, MariaDB and SQLite, not that of "
-        f"{dialect.name}: for a bot of one process, create_isolation(lease=None) needs none"
-    )

@@ -18,7 +18,8 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.types import TypeDecorator
 
 from .changes import ChangedRow, Texts
-from .leases import NOBODY, Fence, Leases, now
+from .clock import now
+from .leases import NOBODY, Fence, Leases
 from .results import executed
 from .rows import Rows
 

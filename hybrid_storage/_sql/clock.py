@@ -1,0 +1,28 @@
+"""The database's clock, which all processes agree on. For ``leases.py`` and ``units.py``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import Dialect
+from sqlalchemy.dialects.mysql.base import MySQLDialect
+from sqlalchemy.dialects.postgresql.base import PGDialect
+from sqlalchemy.dialects.sqlite.base import SQLiteDialect
+
+
+def now(dialect: Dialect) -> sa.ColumnElement[Any]:
+    """Return the database's clock, in seconds since 1970, whatever its time zone."""
+    if isinstance(dialect, PGDialect):
+        # Not now(), which stands still in a transaction.
+        return sa.cast(sa.extract("epoch", sa.func.clock_timestamp()), sa.Double)
+    if isinstance(dialect, MySQLDialect):
+        time = sa.func.utc_timestamp(sa.literal_column("6"))
+        unit: Any = sa.literal_column("MICROSECOND")
+        return sa.func.timestampdiff(unit, "1970-01-01", time, type_=sa.Double) / 1e6
+    if isinstance(dialect, SQLiteDialect):
+        return (sa.func.julianday("now", type_=sa.Double) - 2440587.5) * 86400.0
+    raise NotImplementedError(
+        f"event isolation knows the clocks of PostgreSQL, MySQL, MariaDB and SQLite, not that of "
+        f"{dialect.name}: for a bot of one process, create_isolation(lease=None) needs none"
+    )
