@@ -111,20 +111,24 @@ class HeldLeases:
         self._schedule(here, deadline - 2 / 3 * self._lease - time.monotonic())
         return hold
 
-    async def free(self, hold: HeldLease, *, is_freed: bool) -> None:
+    async def free(self, hold: HeldLease, *, is_freed: bool, is_locked: bool) -> None:
         """Hold a lease no longer.
 
         :param is_freed: whether the database has freed it already
+        :param is_locked: whether a transaction of the application's may have locked its row, so
+            that to wait for it may be to wait for the caller
         """
         here = self._here()
         here.holds.pop(hold.fence.row, None)
         self.rest()
-        if not is_freed:
-            retry_for = min(self._access.retry_for, self._lease)
-            if not await self._release(here, hold.fence.row, retry_for, hold.fence.version):
-                task = asyncio.ensure_future(self._release_later(here, hold))
+        if is_locked and not is_freed:
+            if not await self._free_unlocked(hold):
+                task = asyncio.ensure_future(self._free_later(hold))
                 here.releases.add(task)
                 task.add_done_callback(here.releases.discard)
+        elif not is_freed:
+            retry_for = min(self._access.retry_for, self._lease)
+            await self._release(here, hold.fence.row, retry_for)
         if here.purges_at < time.monotonic():
             here.purges_at = time.monotonic() + _PURGE_EVERY
             here.purge = asyncio.ensure_future(self._purge())
@@ -148,26 +152,29 @@ class HeldLeases:
             self._local.set(here)
         return here
 
-    async def _release(
-        self, here: _Here, row: str, retry_for: float, version: int | None = None
-    ) -> bool:
-        """Free a lease, and return False if its row is locked."""
-        release = partial(self._leases.release, row=row, owner=here.owner, version=version)
+    async def _release(self, here: _Here, row: str, retry_for: float) -> None:
+        release = partial(self._leases.release, row=row, owner=here.owner)
         try:
-            return await self._access.execute_apart(self._call(release, row), retry_for)
+            await self._access.execute_apart(self._call(release, row), retry_for)
         except Exception as error:
             # The update has been handled; the lease ends by itself.
             logger.warning("could not free the lock of %r: %s", row, in_short(error))
-            return True
 
-    async def _release_later(self, here: _Here, hold: HeldLease) -> None:
-        """Free a lease whose row a transaction of the application's has locked for now."""
-        pause = FIRST_PAUSE
-        while time.monotonic() < hold.deadline:
+    async def _free_unlocked(self, hold: HeldLease) -> bool:
+        free = partial(self._leases.release_unlocked, fence=hold.fence)
+        try:
+            return await self._access.execute_apart(self._call(free, hold.fence.row), 0)
+        except Exception as error:
+            logger.debug("could not free the lock of %r yet: %s", hold.fence.row, in_short(error))
+            return False
+
+    async def _free_later(self, hold: HeldLease) -> None:
+        """Free a lease once the transaction that has locked its row is over."""
+        pause, is_freed = FIRST_PAUSE, False
+        while not is_freed and time.monotonic() < hold.deadline:
             await asyncio.sleep(pause)
-            if await self._release(here, hold.fence.row, 0, hold.fence.version):
-                return
             pause = min(2 * pause, self._poll)
+            is_freed = await self._free_unlocked(hold)
 
     async def _purge(self) -> None:
         purge = partial(self._leases.purge, age=_PURGE_AFTER, limit=_PURGED_AT_ONCE)

@@ -135,9 +135,8 @@ def _run(runner: Runner, call: Call[T]) -> T:
         return call.run(own.connection(dict(call.bind_arguments)))
 
 
-def _release(execute: Callable[..., bool], release: Callable[[Connection], bool], row: str) -> None:
+def _release(execute: Callable[..., None], release: Callable[[Connection], None], row: str) -> None:
     try:
-        while not execute(release):  # somebody who wants it has its row locked for a moment
-            time.sleep(FIRST_PAUSE)
+        execute(release)
     except Exception as error:
         logger.warning("could not free the lock of %r: %s", row, in_short(error))

@@ -77,7 +77,8 @@ class UnitOfWork:
         self._turn = Lock(fast_acquire=True)
         self._lock = Lock(fast_acquire=True)
         self._stale: set[str] = set()
-        self._is_fenced = False  # by a transaction that may be open
+        self.is_fenced: bool = False
+        """Whether a transaction that may be open has locked the lease's row."""
 
     async def execute(self, call: Call[T]) -> T:
         """Carry out a call on what has been read, reading it first if need be.
@@ -160,10 +161,10 @@ class UnitOfWork:
         scope = self._access.scope()
         # A transaction that has written behind the fence goes on holding up those who want the
         # lock. At its end they find it renewed.
-        if not changes and (scope is None or ends or not self._is_fenced):
+        if not changes and (scope is None or ends or not self.is_fenced):
             return False
         if scope is not None:
-            self._is_fenced = self._hold is not None
+            self.is_fenced = self._hold is not None
             # A rollback would take back that the lease is free: it is freed afterwards.
             work = self._work(self._units.write, changes, ends=False, nests=True)
             outcome = await self._access.execute(self._writing(work))

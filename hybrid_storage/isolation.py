@@ -19,7 +19,6 @@ from aiogram.dispatcher.event.bases import CancelHandler, SkipHandler
 from aiogram.fsm.storage.base import DEFAULT_DESTINY, BaseEventIsolation, StorageKey
 from anyio.lowlevel import RunVar
 
-from ._arguments import check_seconds
 from ._codec import Codec
 from ._engine.access import Access
 from ._engine.cancellation import run_to_completion
@@ -81,8 +80,11 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
                 "events_isolation=storage.create_isolation()"
             )
         for name, seconds in {"lease": lease, "poll": poll, "wait": wait}.items():
-            check_seconds(**{name: 1.0 if seconds is None else seconds})
-            if seconds is not None and not 0 < seconds < math.inf:
+            if seconds is None:
+                continue
+            if not isinstance(seconds, (int, float)):
+                raise TypeError(f"{name} is a number of seconds, such as 30.0, not {seconds!r}")
+            if not 0 < seconds < math.inf:
                 raise ValueError(f"{name} is a number of seconds above 0, not {seconds!r}")
         self._access = access
         self._row_of = codec.row
@@ -205,7 +207,8 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         return await self._held.take(row, self._wanted(key))
 
     def _wanted(self, key: StorageKey) -> list[str]:
-        if self._units is None:
+        # A transaction that is open may have written, or locked, what others would read.
+        if self._units is None or self._access.scope() is not None:
             return []
         return [self._row_of(key), *self._units_of_work.expected(key)]
 
@@ -221,7 +224,7 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
                 is_done = True
                 raise
             finally:
-                await run_to_completion(self._end(unit if is_done else None, lease))
+                await run_to_completion(self._end(unit, lease, writes=is_done))
 
     @contextmanager
     def _opened(self, key: StorageKey, lease: HeldLease | None) -> Iterator[UnitOfWork | None]:
@@ -229,21 +232,21 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
             yield None
             return
         with self._units_of_work.opened(key, self._units, lease) as unit:
-            # A transaction that is open may have written what the lock's statement did not see.
-            if lease is not None and lease.taken.is_latest and self._access.scope() is None:
+            if lease is not None and lease.taken.is_latest:
                 unit.found(lease.taken.found)
             yield unit
 
-    async def _end(self, unit: UnitOfWork | None, lease: HeldLease | None) -> None:
+    async def _end(self, unit: UnitOfWork | None, lease: HeldLease | None, *, writes: bool) -> None:
         is_freed = False
         if lease is not None:
             lease.is_ending = True
         try:
-            if unit is not None:
+            if unit is not None and writes:
                 is_freed = await unit.write(ends=True) and self._access.scope() is None
         finally:
             if self._held is not None and lease is not None:
-                await self._held.free(lease, is_freed=is_freed)
+                is_locked = unit is not None and unit.is_fenced
+                await self._held.free(lease, is_freed=is_freed, is_locked=is_locked)
 
     def _here(self) -> Queues:
         here = self._local.get(None)

@@ -5,7 +5,6 @@ For ``storage.py``, ``transactions.py``, ``unit_of_work.py`` and ``isolation.py`
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from contextvars import ContextVar
@@ -61,9 +60,7 @@ class Access:
         """
         with warning_if_slow(self.slow_after, call):
             scope = self.scope()
-            # Which nobody else can take. That of a parent task may be rolled back meanwhile.
-            is_own = scope is not None and scope.task is asyncio.current_task()
-            if scope is not None and is_own and scope.holds_write_lock():
+            if scope is not None and scope.holds_write_lock():  # which nobody else can take
                 with suppress(ScopeClosed):
                     return await scope.execute(call)
             seconds = self.retry_for if retry_for is None else retry_for

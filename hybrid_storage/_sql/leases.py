@@ -136,28 +136,23 @@ class Leases:
         found = executed(connection, self.select_mine, parameters)
         return {row for (row,) in found.rows or ()}
 
-    def release(
-        self, connection: Connection, row: str, owner: str, version: int | None = None
-    ) -> bool:
-        """Free a lease if it is the owner's still, without waiting for a row that is locked.
+    def release(self, connection: Connection, row: str, owner: str) -> None:
+        """Free a lease, if it is the owner's still."""
+        executed(connection, self._dialect(connection).release, {"_row": row, "_owner": owner})
 
-        A transaction that the caller has open may have locked it, and would wait for itself.
+    def release_unlocked(self, connection: Connection, fence: Fence) -> bool:
+        """Free a lease without waiting for a transaction that has locked its row.
 
-        :param version: as it was taken, None for any
-        :return: whether it is freed, or not the owner's any more
+        :return: whether it is freed, or held no more
         """
         dialect = self._dialect(connection)
-        parameters: dict[str, Any] = {"_rows": [row], "_row": row, "_owner": owner}
-        if version is None:
-            there, version = self.look(connection, row)
-            if there != owner:
-                return True
-        parameters["_version"] = version
+        parameters: dict[str, Any] = {"_rows": [fence.row], "_owner": fence.owner}
+        parameters |= {"_row": fence.row, "_version": fence.version}
         unlocked = dialect.select_unlocked
         is_reached = unlocked is None or executed(connection, unlocked, parameters).found()
-        if is_reached and executed(connection, dialect.release, parameters).found():
+        if is_reached and executed(connection, dialect.free_unlocked, parameters).found():
             return True
-        return self.look(connection, row) != (owner, version)
+        return self.look(connection, fence.row) != (fence.owner, fence.version)
 
     def holds(self, connection: Connection, fence: Fence, *, frees: bool) -> bool:
         """Renew or free a lease if it is held still, and lock its row until the commit."""
@@ -249,8 +244,8 @@ class _Dialect:
         self.renew = leases.update.where(leases.mine).values(expires=values["expires"])
         self.renew_one = leases.update.where(leases.this).values(expires=values["expires"])
         if isinstance(dialect, PGDialect):
-            free = columns.id.in_(sa.select(unlocked.cte("unlocked").c.id))
-            self.renew = leases.update.where(free).values(expires=values["expires"])
+            is_free = columns.id.in_(sa.select(unlocked.cte("unlocked").c.id))
+            self.renew = leases.update.where(is_free).values(expires=values["expires"])
             self.renew = self.renew.returning(columns.id)
         elif _skips_locked(dialect):
             # By the key, one by one: MySQL locks, and waits for, each row that it looks at.
@@ -258,10 +253,10 @@ class _Dialect:
         this_version = sa.and_(leases.this, columns.version == sa.bindparam("_version"))
         freed = {"owner": NOBODY, "expires": clock, "version": columns.version + 1}
         self.renew_fenced = leases.update.where(this_version).values(expires=values["expires"])
-        self.free_fenced = self.release = leases.update.where(this_version).values(freed)
+        self.release = leases.update.where(leases.this).values(freed)
+        self.free_fenced = self.free_unlocked = leases.update.where(this_version).values(freed)
         if isinstance(dialect, PGDialect):
-            mine = columns.id.in_(sa.select(unlocked.cte("unlocked").c.id))
-            self.release = leases.update.where(mine, this_version).values(freed)
+            self.free_unlocked = leases.update.where(is_free, this_version).values(freed)
         is_old = columns.expires < clock - sa.bindparam("_age", type_=sa.Double)
         self.select_old = sa.select(columns.id).where(is_old).limit(sa.bindparam("_limit"))
         self.delete_old = sa.delete(table).where(

@@ -1,0 +1,206 @@
+"""What a unit of work must not do: wait for its own transaction, answer from old reads."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from backends import MARIADB, POSTGRESQL, Backend
+from blocking import PATIENCE, until
+from conftest import Open, dispose, engine_of, new_session
+from sqlalchemy import event, text
+from sqlalchemy.exc import SQLAlchemyError
+from units import ANOTHER, BEFORE, HISTORY, KEY, Bot, outside, running
+
+from hybrid_storage import FlushMiddleware, SQLAlchemyStorage
+
+NOT_SQLITE = pytest.mark.parametrize("backend", [*POSTGRESQL, *MARIADB], ids=str)
+
+
+async def finish(session: Any, how: str) -> None:
+    """Commit or close a session, of either kind."""
+    done = getattr(session, how)()
+    if done is not None:
+        await done
+
+
+# What holds up nobody for ever
+
+
+@NOT_SQLITE
+@pytest.mark.parametrize("lease", [30.0], ids=["lease"])
+async def test_a_session_may_be_committed_after_the_lock(
+    backend: Backend, open_storage: Open, lease: float
+) -> None:
+    """Until then it holds the lock's own row; afterwards the lock is free for everybody."""
+    async with running(await open_storage(backend), lease) as bot:
+        session = new_session(bot.storage)
+
+        async def update() -> None:
+            async with bot.update(), bot.storage.using(session):
+                await bot.storage.update_data(KEY, {"late": True})
+
+        await asyncio.wait_for(update(), PATIENCE)
+        await finish(session, "commit")
+        await finish(session, "close")
+        other = bot.storage.create_isolation(wait=10)
+        async with other.lock(KEY):
+            pass
+        assert await bot.stored() == ("Form:name", {**BEFORE[1], "late": True})
+
+
+@NOT_SQLITE
+@pytest.mark.parametrize("flushes", [False, True], ids=["", "flushes"])
+async def test_a_lock_in_a_transaction_that_fails_is_free_for_everybody(
+    backend: Backend, open_storage: Open, flushes: bool
+) -> None:
+    async with running(await open_storage(backend), 30.0) as bot:
+
+        async def update() -> None:
+            async with bot.storage.transaction():
+                async with bot.update():
+                    await bot.storage.set_state(KEY, "undone")
+                    if flushes:
+                        await bot.storage.flush()
+                        raise LookupError
+                raise LookupError
+
+        with pytest.raises(LookupError):
+            await asyncio.wait_for(update(), PATIENCE)
+        async with bot.storage.create_isolation(wait=10).lock(KEY):
+            pass
+        assert await bot.stored() == BEFORE
+
+
+async def test_a_lock_that_is_left_in_another_task_is_free(bot: Bot) -> None:
+    async def locked() -> AsyncIterator[int]:
+        async with bot.update():
+            yield 1
+            yield 2
+
+    async def abandon() -> None:
+        async for _ in locked():
+            break
+
+    await outside(abandon())
+    gc.collect()
+    await until(lambda: not bot.isolation.still_held(KEY))
+    await bot.assert_free()
+
+
+# What is read is what is there
+
+
+async def test_what_was_set_to_what_it_was_does_not_hide_what_a_function_writes(bot: Bot) -> None:
+    async with bot.update(), bot.storage.transaction():
+        await bot.storage.set_data(KEY, BEFORE[1])
+        await bot.storage.run_sync(bot.storage.operations.update_data, KEY, {"new": 1})
+        assert await bot.storage.get_data(KEY) == {**BEFORE[1], "new": 1}
+
+
+async def test_what_a_function_writes_is_seen_beside_what_was_collected(bot: Bot) -> None:
+    async with bot.update():
+        await bot.storage.update_data(KEY, {"collected": 1})
+        await bot.storage.run_sync(bot.storage.operations.update_data, KEY, {"written": 2})
+        expected = {**BEFORE[1], "collected": 1, "written": 2}
+        assert await bot.storage.get_data(KEY) == expected
+    assert await bot.stored() == ("Form:name", expected)
+
+
+async def test_a_lock_in_a_transaction_sees_what_that_has_written(bot: Bot) -> None:
+    async with bot.storage.transaction():
+        await bot.storage.update_data(KEY, {"before": 1})
+        async with bot.update():
+            assert await bot.storage.get_data(KEY) == {**BEFORE[1], "before": 1}
+            await bot.storage.set_data(KEY, {"before": 1, "inside": 2})
+    assert await bot.stored() == ("Form:name", {"before": 1, "inside": 2})
+
+
+async def test_a_destiny_that_the_database_refuses_is_refused_once(bot: Bot) -> None:
+    long = replace(KEY, destiny="x" * 3000)
+    async with bot.update():
+        with suppress(ValueError):
+            await bot.storage.get_data(long)
+    async with bot.update():
+        assert await bot.storage.get_state(KEY) == "Form:name"
+
+
+async def test_a_task_with_a_lock_of_its_own_sees_what_the_update_has_collected(bot: Bot) -> None:
+    async def child() -> None:
+        async with bot.update(ANOTHER):
+            assert await bot.storage.get_value(KEY, "collected") == 1
+
+    async with bot.update():
+        await bot.storage.update_data(KEY, {"collected": 1})
+        await asyncio.create_task(child())
+
+
+async def test_a_flush_in_a_task_of_the_update_writes(bot: Bot) -> None:
+    """``asyncio.wait_for()`` makes one before Python 3.12, and ``asyncio.gather()`` always."""
+    async with bot.update():
+        await bot.storage.set_state(KEY, "flushed")
+        await asyncio.gather(bot.storage.flush())
+        assert (await bot.stored())[0] == "flushed"
+        await bot.storage.set_data(HISTORY, {"history": [1]})
+        await asyncio.create_task(bot.storage.flush())
+        assert await bot.stored(HISTORY) == (None, {"history": [1]})
+
+
+@pytest.mark.parametrize("backend", MARIADB, ids=str)
+async def test_a_snapshot_older_than_the_lock_is_not_what_an_update_reads(
+    backend: Backend, open_storage: Open
+) -> None:
+    """An application's hook may read at the begin of each transaction, a tenant for instance."""
+    storage: SQLAlchemyStorage = await open_storage(backend)
+    table = storage.table.name
+    async with running(storage, 30.0):
+        engine = engine_of(storage)
+
+        def read(connection: Any) -> None:
+            connection.exec_driver_sql(f"SELECT count(*) FROM {table}").all()
+
+        event.listen(engine, "begin", read)
+        isolations = [storage.create_isolation(unit_of_work=True, poll=0.03) for _ in range(3)]
+
+        async def count(number: int) -> None:
+            async with isolations[number % 3].lock(KEY):
+                seen = await storage.get_value(KEY, "count", 0)
+                await storage.update_data(KEY, {"count": seen + 1})
+
+        await asyncio.gather(*(outside(count(number)) for number in range(30)))
+        event.remove(engine, "begin", read)
+        assert await storage.get_value(KEY, "count") == 30
+
+
+# A session that is used by two tasks at a time
+
+
+@pytest.mark.parametrize("backend", POSTGRESQL[1:], ids=str)
+async def test_a_transaction_that_cannot_be_rolled_back_is_not_handed_on(
+    backend: Backend, open_storage: Open
+) -> None:
+    """The next call on its connection would be acknowledged, and never committed."""
+    options = {"pool_size": 2, "max_overflow": 0}
+    storage: SQLAlchemyStorage[Any] = await open_storage(backend, engine_options=options)
+    one = text("SELECT 1")
+    for number in range(5):
+        with pytest.raises(SQLAlchemyError):
+            async with storage.transaction() as session:
+                await asyncio.gather(*(session.scalar(one) for _ in range(3)))
+        await asyncio.sleep(0.05)
+        await storage.update_data(KEY, {"number": number})
+    engine = backend.engine(engine_of(storage).url)
+    other = SQLAlchemyStorage(backend.factory(engine), table_name=storage.table.name)
+    assert await other.get_value(KEY, "number") == 4
+    await dispose(engine)
+
+
+def test_a_flush_middleware_takes_a_storage() -> None:
+    wrong: Any = "storage"
+    with pytest.raises(TypeError, match="takes a SQLAlchemyStorage"):
+        FlushMiddleware(wrong)
