@@ -151,7 +151,8 @@ async def test_the_examples_of_the_transactions_page_run(
     bot = Bot("42:TEST", session=answers)
     await names["dp"].feed_update(bot, Update(update_id=1, message=message("hi")))
     assert answers.sent == ["4 orders so far"]
-    assert await names["state"].get_data() == {"product": "cake", "order": 3, "orders": 4}
+    data = {"product": "cake", "asked": 1, "order": 3, "orders": 4}
+    assert await names["state"].get_data() == data
     await dispose(names)
 
 
