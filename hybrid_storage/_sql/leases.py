@@ -240,11 +240,11 @@ class _Dialect:
         # Renewal never waits for a row. One that a transaction of this process has locked, after a
         # write behind the fence, would hold up the renewal of all others.
         unlocked = leases.select_mine.with_for_update(skip_locked=True)
+        is_free = columns.id.in_(sa.select(unlocked.cte("unlocked").c.id))
         self.select_unlocked: sa.Executable | None = None
         self.renew = leases.update.where(leases.mine).values(expires=values["expires"])
         self.renew_one = leases.update.where(leases.this).values(expires=values["expires"])
         if isinstance(dialect, PGDialect):
-            is_free = columns.id.in_(sa.select(unlocked.cte("unlocked").c.id))
             self.renew = leases.update.where(is_free).values(expires=values["expires"])
             self.renew = self.renew.returning(columns.id)
         elif _skips_locked(dialect):
@@ -254,9 +254,10 @@ class _Dialect:
         freed = {"owner": NOBODY, "expires": clock, "version": columns.version + 1}
         self.renew_fenced = leases.update.where(this_version).values(expires=values["expires"])
         self.release = leases.update.where(leases.this).values(freed)
-        self.free_fenced = self.free_unlocked = leases.update.where(this_version).values(freed)
+        self.free_fenced = leases.update.where(this_version).values(freed)
+        self.free_unlocked = self.free_fenced
         if isinstance(dialect, PGDialect):
-            self.free_unlocked = leases.update.where(is_free, this_version).values(freed)
+            self.free_unlocked = self.free_fenced.where(is_free)
         is_old = columns.expires < clock - sa.bindparam("_age", type_=sa.Double)
         self.select_old = sa.select(columns.id).where(is_old).limit(sa.bindparam("_limit"))
         self.delete_old = sa.delete(table).where(
