@@ -61,7 +61,9 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--smoke", action="store_true", help="run everything, in seconds")
+    parser.add_argument(
+        "--smoke", action="store_true", help="run everything once, in a minute or two"
+    )
     parser.add_argument("--rounds", type=int, help="how many rounds")
     parser.add_argument(
         "--only",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import json
 import logging
@@ -314,3 +315,38 @@ def test_other_text_types_are_accepted() -> None:
 
     assert SQLAlchemyStorage(FACTORY, model=Conversation).model is Conversation
     logging.getLogger(__name__).debug("constructed")
+
+
+@pytest.mark.parametrize("backend", SERVERS[:1], ids=str)
+async def test_what_a_lock_and_a_function_are_not(backend: Backend, open_storage: Open) -> None:
+    storage = await open_storage(backend)
+    no_key: Any = "42:7:7"
+    isolation = storage.create_isolation(lease=None)
+    with pytest.raises(TypeError, match="a key is a StorageKey"):
+        isolation.still_held(no_key)
+    with pytest.raises(TypeError, match="a key is a StorageKey"):
+        async with isolation.lock(no_key):
+            pass
+    for wrong in ("30", float("inf")):
+        with pytest.raises((TypeError, ValueError), match="lease is a number of seconds"):
+            storage.create_isolation(lease=wrong)
+    with pytest.raises(TypeError, match="takes a function, and its arguments after it"):
+        await storage.run_sync(2)
+
+
+@pytest.mark.parametrize("backend", SERVERS[:1], ids=str)
+async def test_a_long_wait_for_a_lock_is_logged(
+    backend: Backend, open_storage: Open, key: StorageKey, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = await open_storage(backend, slow_after=0.1)
+    first = storage.create_isolation(lease=None)
+
+    async def wait() -> None:
+        async with first.lock(key):
+            pass
+
+    async with first.lock(key):
+        waiting = asyncio.create_task(wait())
+        await asyncio.sleep(0.5)
+    await waiting
+    assert "use one isolation" in caplog.text
