@@ -37,7 +37,7 @@ from hybrid_storage import SQLAlchemyStorage
 
 from .bare_drivers import BareAsyncpg, BarePsycopg, BareSqlite, RoundTrip, asyncpg_pool
 
-CONNECTIONS = 10  # of each contender's pool
+CONNECTIONS = 16  # of each contender's pool; that of RedisStorage has no limit
 WAIT = 10.0  # seconds for a connection of the pool
 
 Servers = dict[str, URL]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 from .measure import ROUND_TRIP
 from .results import Cell, Results, worst
@@ -28,6 +29,7 @@ REDIS = {
     "lease": "RedisStorage, RedisEventIsolation",
     "lease=None": "RedisStorage, SimpleEventIsolation",
 }
+BY_DRIVER = ", driver_statements"
 BESIDE_REDIS = {
     ("lease", "0 ms"): (1.0, 1.0),
     ("lease", "1 ms"): (2.0, 1.5),
@@ -86,9 +88,9 @@ def _updates(results: Results) -> Iterator[Goal]:
 def _beside_redis(results: Results) -> Iterator[Goal]:
     settings, present = results.settings("updates"), results.contenders("updates")
     for (kind, delay), bounds in BESIDE_REDIS.items():
-        ours, redis = f"{ASYNCPG}, {kind}", REDIS[kind]
-        for users, bound in zip(("1", "16"), bounds, strict=True):
-            setting = f"{delay}, {users}"
+        redis = REDIS[kind]
+        for way, (users, bound) in product(("", BY_DRIVER), zip(("1", "16"), bounds, strict=True)):
+            ours, setting = f"{ASYNCPG}, {kind}{way}", f"{delay}, {users}"
             if setting in settings and {ours, redis} <= set(present):
                 for bot in ("form bot", "scene bot"):
                     times = results.times(Cell("updates", bot, setting), redis, ours)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 
 from aiogram.fsm.storage.base import BaseEventIsolation, BaseStorage
 from aiogram.fsm.storage.memory import DisabledEventIsolation, SimpleEventIsolation
@@ -36,7 +37,7 @@ BOTS = [
 COUNTED = ("postgresql", "mysql", "redis")
 NO_WAIT = "synchronous_commit=off"
 # Not all drivers: each has a pool, and a server takes no more than 100 connections by default.
-ALSO_WITHOUT_WAITING = ("hybrid asyncpg", "hybrid psycopg (threads)")
+ALSO_WITHOUT_WAITING = ("hybrid asyncpg",)
 
 
 async def updates(run: Run) -> None:
@@ -115,8 +116,17 @@ async def _trips(run: Run) -> None:
 
 def _all_bots(storages: dict[str, BaseStorage]) -> Iterator[tuple[str, Bots]]:
     for name, storage in storages.items():
-        for kind, isolation in _isolations(storage).items():
+        isolations = _isolations(storage)
+        if name.startswith("hybrid asyncpg"):
+            isolations |= _by_the_driver(storage)
+        for kind, isolation in isolations.items():
             yield f"{name}, {kind}", Bots(storage, isolation)
+
+
+def _by_the_driver(storage: BaseStorage) -> dict[str, BaseEventIsolation]:
+    assert isinstance(storage, SQLAlchemyStorage)
+    make = partial(storage.create_isolation, unit_of_work=True, driver_statements=True)
+    return {"lease, driver_statements": make(), "lease=None, driver_statements": make(lease=None)}
 
 
 def _isolations(storage: BaseStorage) -> dict[str, BaseEventIsolation]:

@@ -9,7 +9,7 @@ import asyncio
 import operator
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextvars import Context
 from dataclasses import dataclass
 from functools import partial
@@ -93,16 +93,12 @@ class HeldLeases:
             unanswered = False
             return taken
 
-        again: AsyncRetrying = AsyncRetrying(
-            retry=retry_if_result(operator.not_),
-            wait=wait_random_exponential(multiplier=FIRST_PAUSE, max=self._poll),
-        )
         try:
-            taken = await attempt() or await again(attempt)
+            taken = await attempt() or await self._asking_again(attempt)
         except BaseException as error:
             # It may have been taken, for a caller that is gone.
             if unanswered and not is_missing_table(error):
-                await run_to_completion(self._release(here, row, retry_for=0))
+                await run_to_completion(partial(self._release, here, row, retry_for=0))
             raise
         assert taken is not None
         fence = Fence(row, here.owner, taken.version, self._lease)
@@ -110,6 +106,13 @@ class HeldLeases:
         # It counts from the moment of asking, and may have been long in coming.
         self._schedule(here, deadline - 2 / 3 * self._lease - time.monotonic())
         return hold
+
+    async def _asking_again(self, attempt: Callable[[], Awaitable[Taken | None]]) -> Taken | None:
+        again: AsyncRetrying = AsyncRetrying(
+            retry=retry_if_result(operator.not_),
+            wait=wait_random_exponential(multiplier=FIRST_PAUSE, max=self._poll),
+        )
+        return await again(attempt)
 
     async def free(self, hold: HeldLease, *, is_freed: bool, is_locked: bool) -> None:
         """Hold a lease no longer.
@@ -120,7 +123,7 @@ class HeldLeases:
         """
         here = self._here()
         here.holds.pop(hold.fence.row, None)
-        self.rest()
+        self._rest(here)
         if is_locked and not is_freed:
             if not await self._free_unlocked(hold):
                 task = asyncio.ensure_future(self._free_later(hold))
@@ -138,9 +141,15 @@ class HeldLeases:
         hold = self._here().holds.get(row)
         return hold is not None and not hold.is_lost and time.monotonic() < hold.deadline
 
-    def rest(self) -> None:
-        """Renew no more if nothing is held; a timer would keep an event loop that has ended."""
+    async def close(self) -> None:
+        """Wait for what frees leases in the background, and renew no more if nothing is held."""
         here = self._here()
+        while here.releases:
+            await asyncio.wait(here.releases)
+        self._rest(here)
+
+    def _rest(self, here: _Here) -> None:
+        # A timer would keep an event loop that has ended.
         if here.timer is not None and not here.holds:
             here.timer.cancel()
             here.timer = None

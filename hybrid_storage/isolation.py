@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import replace
+from functools import partial
 
 import anyio
 from aiogram.dispatcher.event.bases import CancelHandler, SkipHandler
@@ -192,9 +193,9 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         return row in self._here().held if self._held is None else self._held.is_held(row)
 
     async def close(self) -> None:
-        """Stop renewing if nothing is held; locks that are held go on to be renewed."""
+        """Wait until what is over is free; locks that are held go on to be renewed."""
         if self._held is not None:
-            self._held.rest()
+            await self._held.close()
 
     def _conversation(self, key: StorageKey) -> StorageKey:
         if not isinstance(key, StorageKey):
@@ -224,7 +225,7 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
                 is_done = True
                 raise
             finally:
-                await run_to_completion(self._end(unit, lease, writes=is_done))
+                await run_to_completion(partial(self._end, unit, lease, writes=is_done))
 
     @contextmanager
     def _opened(self, key: StorageKey, lease: HeldLease | None) -> Iterator[UnitOfWork | None]:

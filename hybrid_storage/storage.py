@@ -17,20 +17,16 @@ from ._codec import Codec, JsonDumps, JsonLoads
 from ._engine.access import Access
 from ._engine.calls import Call
 from ._engine.factories import SessionFactory, engine_and_factory, session_factory
-from ._engine.retries import logger
 from ._engine.runner import Runner
 from ._engine.threads import run_in_thread
-from ._sql.leases import Leases
 from ._sql.rows import Rows
-from ._sql.units import Units
 from ._unit import UnitClosed
-from .isolation import SQLAlchemyEventIsolation
 from .keys import FullKeyBuilder
-from .model import FSMData, HasMetaData, declare_lock_table, model_for, table_of
+from .model import FSMData, HasMetaData, model_for, table_of
 from .operations import Calls, Operations
-from .tables import Tables
 from .transactions import S
 from .unit_of_work import UnitsOfWork
+from .updates import Updates
 
 if TYPE_CHECKING:
     from ._engine.factories import AnyEngine
@@ -42,7 +38,7 @@ RETRY_FOR = 30.0  # seconds: a server's restart, a short failover
 SLOW_AFTER = 10.0  # seconds
 
 
-class SQLAlchemyStorage(Tables[S], BaseStorage, Generic[S, M]):
+class SQLAlchemyStorage(Updates[S], BaseStorage, Generic[S, M]):
     """Keeps states and data of aiogram's FSM in a table, one row a conversation.
 
     Every method may be called by any number of tasks, threads and processes at once. A call that is
@@ -123,7 +119,7 @@ class SQLAlchemyStorage(Tables[S], BaseStorage, Generic[S, M]):
         units = UnitsOfWork(access, self._calls, codec.row)
         super().__init__(access, units, getattr(factory, "registry", None))
         self._tables = [self.table]
-        self._isolations: set[bool] = set()
+        self._isolations = set()
         self.engine: AnyEngine | None = None
         """The engine that :meth:`from_url` has made: to dispose with ``close=False`` in a process
         that has been forked. None where the factory is the application's."""
@@ -169,60 +165,6 @@ class SQLAlchemyStorage(Tables[S], BaseStorage, Generic[S, M]):
         )
         storage.engine = engine
         return storage
-
-    def create_isolation(
-        self,
-        *,
-        unit_of_work: bool = False,
-        lease: float | None = 30.0,
-        poll: float = 0.5,
-        wait: float | None = None,
-    ) -> SQLAlchemyEventIsolation:
-        """Return event isolation: one handler at a time for a conversation.
-
-        :param unit_of_work: whether to read a conversation once an update, and to write it once,
-            when the handler is over: see docs/isolation.md
-        :param lease: after how many seconds the locks of a process that died end; they are renewed
-            three times as often while a handler runs. They are in ``<table_name>_lock``, a table to
-            create, too. None locks in this process only, for bots of one process
-        :param poll: the longest pause in seconds between two looks at another process's lock
-        :param wait: how many seconds to wait for a lock at most; by default without limit
-        :raises ValueError: if one of them is not above 0, or if the table's name is taken
-        :return: what to pass as ``Dispatcher(events_isolation=...)``
-        """
-        leases = None
-        if lease is not None:
-            table = declare_lock_table(self.model)
-            self._tables = [self.table, table]
-            leases = Leases(table, self.table)
-        made = SQLAlchemyEventIsolation(
-            self._access,
-            self._codec,
-            self.units,
-            Units(self._rows, leases) if unit_of_work else None,
-            leases,
-            lease=lease,
-            poll=poll,
-            wait=wait,
-        )
-        if self._isolations - {lease is None}:
-            logger.warning(
-                "table %r has an isolation with a lease and one without: neither waits for the "
-                "other's locks. Give the dispatcher and lock_sync() the same one",
-                self.table.fullname,
-            )
-        self._isolations.add(lease is None)
-        return made
-
-    async def flush(self) -> None:
-        """Write at once what the update has collected so far, before a message goes out, say.
-
-        Without a unit of work there is nothing to write. Inside a transaction it is there for
-        others once that has committed. Cancelled, it has happened wholly or not at all.
-
-        :raises LockLostError: if the lock was lost; nothing is written
-        """
-        await self.units.write()
 
     async def close(self) -> None:
         """Dispose the engine that :meth:`from_url` made; the application's is left alone.

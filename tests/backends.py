@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -38,6 +38,8 @@ class Backend:
     is_async: bool
     wrap: Callable[[Any], Any] | None = None
     """Makes the session factory of an engine, where it is not the usual one."""
+    driver_statements: bool = False
+    """Whether units of work run their statements on the driver itself."""
 
     def engine(self, url: URL, **options: Any) -> Engine | AsyncEngine:
         """Return a new engine for the server's URL, whose driver is replaced by this one."""
@@ -84,6 +86,8 @@ POSTGRESQL = [
     Backend("psycopg-async", "postgresql", "psycopg", is_async=True),
     Backend("asyncpg", "postgresql", "asyncpg", is_async=True),
 ]
+BY_DRIVER = replace(POSTGRESQL[2], name="asyncpg-itself", driver_statements=True)
+"""Not one of ``SERVERS``: to units of work alone it makes a difference."""
 MARIADB = [
     Backend("pymysql", "mariadb", "pymysql", is_async=False),
     Backend("asyncmy", "mariadb", "asyncmy", is_async=True),

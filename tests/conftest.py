@@ -156,7 +156,9 @@ async def bot(
     request: pytest.FixtureRequest, backend: Backend, open_storage: Open
 ) -> AsyncIterator[Bot]:
     """Return a bot whose user has been here before."""
-    async with running(await open_storage(backend), request.param) as bot:
+    async with running(
+        await open_storage(backend), request.param, driver_statements=backend.driver_statements
+    ) as bot:
         yield bot
 
 

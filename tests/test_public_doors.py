@@ -18,6 +18,7 @@ ALLOWED: set[tuple[str, str]] = set()
 # From the ground up: a module imports only from what stands before it.
 ORDER = [
     "_sql.results",
+    "_sql.driver",
     "_sql.changes",
     "_sql.upsert",
     "_sql.limits",
@@ -52,6 +53,7 @@ ORDER = [
     "middlewares",
     "isolation",
     "tables",
+    "updates",
     "storage",
     "testing",
 ]

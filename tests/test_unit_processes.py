@@ -24,7 +24,7 @@ import anyio
 import pytest
 import sqlalchemy as sa
 from aiogram.fsm.storage.base import StorageKey
-from backends import MARIADB, POSTGRESQL, SERVERS, SQLITE, Backend
+from backends import BY_DRIVER, MARIADB, POSTGRESQL, SERVERS, SQLITE, Backend
 from blocking import statements
 from bot_api import BOT_ID, USER_ID, BotAPI, serve
 from chaos.proxy import Address, Proxy
@@ -62,7 +62,8 @@ context.set_forkserver_preload(
 )
 
 DRIVERS = {
-    "postgresql": [POSTGRESQL[0], POSTGRESQL[2]],  # psycopg in threads and asyncpg, in turn
+    # psycopg in threads, and asyncpg in both ways, in turn
+    "postgresql": [POSTGRESQL[0], POSTGRESQL[2], BY_DRIVER],
     "mariadb": MARIADB[:1],
     "sqlite": SQLITE,
 }
@@ -80,7 +81,6 @@ over_a_network = pytest.mark.parametrize(
         pytest.param([backend], id=backend.name)
         for server in ("postgresql", "mariadb")
         for backend in DRIVERS[server]
-        if backend in SERVERS
     ],
 )
 on_each_sync_driver = pytest.mark.parametrize(
@@ -92,7 +92,7 @@ on_each_sync_driver = pytest.mark.parametrize(
     ],
 )
 on_each_postgresql = pytest.mark.parametrize(
-    "backends", [[backend] for backend in DRIVERS["postgresql"]], ids=["psycopg", "asyncpg"]
+    "backends", [pytest.param([each], id=each.name) for each in DRIVERS["postgresql"]]
 )
 on_postgresql = pytest.mark.parametrize("backends", [DRIVERS["postgresql"]], ids=["postgresql"])
 

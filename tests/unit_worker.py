@@ -95,7 +95,13 @@ class Job:
         storage: SQLAlchemyStorage = SQLAlchemyStorage(
             self.backend.factory(engine), table_name=self.table
         )
-        return storage, storage.create_isolation(unit_of_work=True, lease=self.lease, poll=0.05)
+        isolation = storage.create_isolation(
+            unit_of_work=True,
+            lease=self.lease,
+            poll=0.05,
+            driver_statements=self.backend.driver_statements,
+        )
+        return storage, isolation
 
 
 def counters(table: str) -> Table:

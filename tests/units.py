@@ -69,9 +69,13 @@ class Bot:
 
 
 @asynccontextmanager
-async def running(storage: SQLAlchemyStorage, lease: float | None) -> AsyncGenerator[Bot, None]:
+async def running(
+    storage: SQLAlchemyStorage, lease: float | None, *, driver_statements: bool = False
+) -> AsyncGenerator[Bot, None]:
     """Give a bot whose user has been here before."""
-    isolation = storage.create_isolation(unit_of_work=True, lease=lease)
+    isolation = storage.create_isolation(
+        unit_of_work=True, lease=lease, driver_statements=driver_statements
+    )
     await storage.create_table()
     await storage.set_state(KEY, BEFORE[0])
     await storage.set_data(KEY, BEFORE[1])

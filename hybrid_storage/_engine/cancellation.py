@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Awaitable, Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import partial
 from inspect import iscoroutinefunction
 from typing import Any, TypeVar, cast
@@ -27,6 +28,9 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0  # seconds between requests to cancel
 
 
 _ending: set[asyncio.Future[None]] = set()
+
+# The task that runs to completion, so that what it calls need not start another.
+_completing: ContextVar[asyncio.Task[Any] | None] = ContextVar("completing", default=None)
 
 
 class StatementCancelledError(asyncio.CancelledError):
@@ -156,20 +160,40 @@ class InCallersTask(Awaitable[T]):
 
 
 async def run_to_completion(
-    coroutine: Awaitable[T], interrupter: Interrupter | None = None, *, cancels: bool = False
+    function: Callable[[], Awaitable[T]],
+    interrupter: Interrupter | None = None,
+    *,
+    cancels: bool = False,
 ) -> T:
-    """Run an awaitable to completion even if the caller is cancelled, then re-raise.
+    """Run an async function to completion even if the caller is cancelled, then re-raise.
 
-    :param coroutine: runs in a task of its own
-    :param interrupter: ends the awaitable's statements if the caller is cancelled
-    :param cancels: cancel the awaitable, but once only: a driver that is cancelled again while it
+    :param function: called in a task of its own, unless the caller runs to completion already
+    :param interrupter: ends the function's statements if the caller is cancelled
+    :param cancels: cancel the function, but once only: a driver that is cancelled again while it
         cancels at the server gives up, and the statement goes on there
     """
-    task = asyncio.ensure_future(coroutine)
+    if _completing.get() is asyncio.current_task():
+        return await function()
+    done = asyncio.get_running_loop().create_future()
+
+    def end(_: object = None) -> None:
+        if not done.done():
+            done.set_result(None)
+
+    async def run() -> T:
+        _completing.set(asyncio.current_task())
+        try:
+            return await function()
+        finally:
+            end()  # at once: asyncio.shield() would wake the caller one turn of the loop later
+
+    task = asyncio.ensure_future(run())
+    task.add_done_callback(end)  # for a task that is cancelled before it starts
     try:
-        return await asyncio.shield(task)
+        await done
+        return task.result()
     except asyncio.CancelledError as cancelled:
-        cancellation = cancelled  # of the caller, or of the awaitable itself
+        cancellation = cancelled  # of the caller, or of the function itself
     # Outside of the except block: before Python 3.11, anyio tells its own cancellations from those
     # of others by the exception's context.
     try:

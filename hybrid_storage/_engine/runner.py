@@ -153,8 +153,8 @@ class Runner:
 async def carry_to_completion(session: AnySession, work: Callable[[Session], T]) -> T:
     """Do what ends a transaction, even if the caller is cancelled, then re-raise."""
     if isinstance(session, Session):
-        return await run_to_completion(run_in_thread(partial(work, session)))
-    return await run_to_completion(session.run_sync(work))
+        return await run_to_completion(partial(run_in_thread, partial(work, session)))
+    return await run_to_completion(partial(session.run_sync, work))
 
 
 async def carry(
@@ -169,11 +169,12 @@ async def carry(
     interrupter = Interrupter()
     if isinstance(session, Session):
         return await run_in_thread(partial(work, interrupter), interrupter)
-    in_greenlet = session.run_sync(lambda _: work(interrupter))
     if bind is None:
-        return await InCallersTask(in_greenlet, interrupter)
+        return await InCallersTask(session.run_sync(lambda _: work(interrupter)), interrupter)
     cancels = bind.dialect.driver in _CANCELLING_DRIVERS
-    return await run_to_completion(in_greenlet, interrupter, cancels=cancels)
+    return await run_to_completion(
+        lambda: session.run_sync(lambda _: work(interrupter)), interrupter, cancels=cancels
+    )
 
 
 def _on_connection(

@@ -152,7 +152,7 @@ class Scope:
     async def close(self) -> None:
         """End the scope, after the call that is under way: the session is the caller's again."""
         if self._lock.statistics().locked:
-            await run_to_completion(self._close_in_turn())
+            await run_to_completion(self._close_in_turn)
         self.is_open = False
 
     async def _close_in_turn(self) -> None:

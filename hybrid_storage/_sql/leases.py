@@ -24,7 +24,7 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from .changes import Texts
 from .clock import now
-from .results import executed, per_dialect
+from .results import Execute, executed, per_dialect
 from .upsert import native_insert
 
 NOBODY = ""  # the owner of a free lock
@@ -55,13 +55,15 @@ class Taken:
 class Leases:
     """Takes, renews and frees leases, for an owner, in seconds."""
 
-    def __init__(self, table: Table, beside: Table) -> None:
+    def __init__(self, table: Table, beside: Table, execute: Execute = executed) -> None:
         """Build the statements that are the same on every database.
 
         :param table: the table of locks
         :param beside: the table of conversations, which is read along
+        :param execute: executes the statements that an update waits for
         """
         self.table: Table = table
+        self.execute: Execute = execute
         self._dialect = per_dialect(partial(_Dialect, self, beside))
         columns = table.c
         self._owner_of = sa.select(columns.owner, columns.version).where(
@@ -86,7 +88,7 @@ class Leases:
         parameters: dict[str, Any] = {"_row": row, "_owner": owner, "_lease": lease}
         if dialect.at_once:
             parameters["_wanted"] = list(wanted)
-            rows = executed(connection, dialect.at_once[bool(wanted)], parameters).rows or []
+            rows = self.execute(connection, dialect.at_once[bool(wanted)], parameters).rows or []
             version, seen = rows[0][:2]
         else:
             answer = executed(connection, dialect.acquire, parameters)
@@ -138,7 +140,7 @@ class Leases:
 
     def release(self, connection: Connection, row: str, owner: str) -> None:
         """Free a lease, if it is the owner's still."""
-        executed(connection, self._dialect(connection).release, {"_row": row, "_owner": owner})
+        self.execute(connection, self._dialect(connection).release, {"_row": row, "_owner": owner})
 
     def release_unlocked(self, connection: Connection, fence: Fence) -> bool:
         """Free a lease without waiting for a transaction that has locked its row.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from sqlalchemy import Connection, Dialect, Executable
 
@@ -40,6 +40,9 @@ def executed(
     if result.returns_rows:
         return Result(result.all(), -1)
     return Result(None, result.rowcount)
+
+
+Execute: TypeAlias = Callable[[Connection, Executable, Mapping[str, Any]], Result]
 
 
 def per_dialect(make: Callable[[Dialect], D]) -> Callable[[Connection], D]:

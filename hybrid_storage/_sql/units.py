@@ -20,7 +20,7 @@ from sqlalchemy.types import TypeDecorator
 from .changes import ChangedRow, Texts
 from .clock import now
 from .leases import NOBODY, Fence, Leases
-from .results import executed
+from .results import Execute, executed
 from .rows import Rows
 
 
@@ -37,9 +37,15 @@ class Outcome(Enum):
 class Units:
     """Reads rows together, and writes them together or not at all."""
 
-    def __init__(self, rows: Rows, leases: Leases | None = None) -> None:
-        """Build the statements that are the same on every database."""
+    def __init__(
+        self, rows: Rows, leases: Leases | None = None, execute: Execute = executed
+    ) -> None:
+        """Build the statements that are the same on every database.
+
+        :param execute: executes the one statement that writes at once
+        """
         table = rows.table
+        self._execute = execute
         self.table: Table = table
         self._rows = rows
         self._leases = leases
@@ -98,7 +104,7 @@ class Units:
             locks = self._leases.table if fence is not None and self._leases is not None else None
             clock = now(connection.dialect)
             self._one_statement[kind] = _one_statement(self.table, locks, clock, frees=frees)
-        held, is_written = executed(
+        held, is_written = self._execute(
             connection, self._one_statement[kind], {**_given(changes), **_fenced(fence)}
         ).first()
         if not held:

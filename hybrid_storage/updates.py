@@ -1,0 +1,86 @@
+"""What spans a whole update: the isolation to give to a dispatcher, and writing before its end."""
+
+from __future__ import annotations
+
+from sqlalchemy import Table
+
+from ._codec import Codec
+from ._engine.retries import logger
+from ._sql.driver import DriverStatements
+from ._sql.leases import Leases
+from ._sql.results import executed
+from ._sql.rows import Rows
+from ._sql.units import Units
+from .isolation import SQLAlchemyEventIsolation
+from .model import FSMData, declare_lock_table
+from .tables import Tables
+from .transactions import S
+
+
+class Updates(Tables[S]):
+    """The part of the storage that makes isolations, and flushes their units of work."""
+
+    _codec: Codec
+    _rows: Rows
+    _isolations: set[bool]
+    model: type[FSMData]
+    table: Table
+
+    def create_isolation(
+        self,
+        *,
+        unit_of_work: bool = False,
+        lease: float | None = 30.0,
+        poll: float = 0.5,
+        wait: float | None = None,
+        driver_statements: bool = False,
+    ) -> SQLAlchemyEventIsolation:
+        """Return event isolation: one handler at a time for a conversation.
+
+        :param unit_of_work: whether to read a conversation once an update, and to write it once,
+            when the handler is over: see docs/isolation.md
+        :param lease: after how many seconds the locks of a process that died end; they are renewed
+            three times as often while a handler runs. They are in ``<table_name>_lock``, a table to
+            create, too. None locks in this process only, for bots of one process
+        :param poll: the longest pause in seconds between two looks at another process's lock
+        :param wait: how many seconds to wait for a lock at most; by default without limit
+        :param driver_statements: whether asyncpg runs the statements of an update itself, past
+            SQLAlchemy's Core: faster, but listeners to statements, ``echo`` and tracing do not see
+            them. Makes no difference on other drivers
+        :raises ValueError: if one of them is not above 0, or if the table's name is taken
+        :return: what to pass as ``Dispatcher(events_isolation=...)``
+        """
+        execute = DriverStatements().executed if driver_statements else executed
+        leases = None
+        if lease is not None:
+            table = declare_lock_table(self.model)
+            self._tables = [self.table, table]
+            leases = Leases(table, self.table, execute)
+        made = SQLAlchemyEventIsolation(
+            self._access,
+            self._codec,
+            self.units,
+            Units(self._rows, leases, execute) if unit_of_work else None,
+            leases,
+            lease=lease,
+            poll=poll,
+            wait=wait,
+        )
+        if self._isolations - {lease is None}:
+            logger.warning(
+                "table %r has an isolation with a lease and one without: neither waits for the "
+                "other's locks. Give the dispatcher and lock_sync() the same one",
+                self.table.fullname,
+            )
+        self._isolations.add(lease is None)
+        return made
+
+    async def flush(self) -> None:
+        """Write at once what the update has collected so far, before a message goes out, say.
+
+        Without a unit of work there is nothing to write. Inside a transaction it is there for
+        others once that has committed. Cancelled, it has happened wholly or not at all.
+
+        :raises LockLostError: if the lock was lost; nothing is written
+        """
+        await self.units.write()
