@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Awaitable, Callable, Generator, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from inspect import iscoroutinefunction
@@ -155,17 +155,51 @@ class InCallersTask(Awaitable[T]):
                 shield.__exit__(None, None, None)
 
 
+class _CancelledOnce(asyncio.Task[T]):
+    """A task that heeds one request to cancel: the storage's, the loop's, or another task's.
+
+    A driver that is cancelled again while it cancels at the server gives up, and the statement
+    goes on there. ``asyncio.run()`` cancels all tasks at its end, when the loop has stopped.
+    """
+
+    is_ending = False
+
+    def cancel(self, msg: Any = None) -> bool:
+        """Pass a request on, unless there was one. The driver's time-outs always pass."""
+        loop = self.get_loop()
+        if not loop.is_running() or asyncio.current_task(loop) is not None:
+            # No time-out inside of the task: those cancel it in a callback of the loop.
+            if self.is_ending:
+                return False
+            self.is_ending = True
+        return super().cancel(msg)
+
+
+class _Uncancelled(asyncio.Task[T]):
+    """A task that heeds no request to cancel, not even that of a loop which ends."""
+
+    def cancel(self, msg: Any = None) -> bool:
+        """Refuse."""
+        return False
+
+
 async def run_to_completion(
-    coroutine: Awaitable[T], interrupter: Interrupter | None = None, *, cancels: bool = False
+    coroutine: Coroutine[Any, Any, T],
+    interrupter: Interrupter | None = None,
+    *,
+    cancels: bool = False,
 ) -> T:
-    """Run an awaitable to completion even if the caller is cancelled, then re-raise.
+    """Run a coroutine to completion even if the caller is cancelled, then re-raise.
 
     :param coroutine: runs in a task of its own
-    :param interrupter: ends the awaitable's statements if the caller is cancelled
-    :param cancels: cancel the awaitable, but once only: a driver that is cancelled again while it
-        cancels at the server gives up, and the statement goes on there
+    :param interrupter: ends the coroutine's statements if the caller is cancelled
+    :param cancels: cancel the coroutine, but once only
     """
-    task = asyncio.ensure_future(coroutine)
+    task: asyncio.Task[T] = (
+        _CancelledOnce(coroutine, loop=asyncio.get_running_loop())
+        if cancels
+        else asyncio.create_task(coroutine)
+    )
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError as cancelled:
@@ -174,7 +208,7 @@ async def run_to_completion(
     # of others by the exception's context.
     try:
         if cancels:
-            if not getattr(task, "cancelling", bool)():  # by asyncio.run(), which ends all tasks
+            if not getattr(task, "cancelling", bool)():  # by a callback that ends all tasks
                 task.cancel()
         elif interrupter is not None:
             await wait_until_done(interrupter.request_until(task, _at_once))
@@ -187,9 +221,16 @@ async def _at_once(request: Callable[[], None]) -> None:
     request()
 
 
-async def wait_until_done(awaitable: Awaitable[Any]) -> None:
-    """Wait until something has ended, however often the caller is cancelled, then re-raise that."""
-    future = asyncio.ensure_future(awaitable)
+async def wait_until_done(awaitable: asyncio.Future[Any] | Coroutine[Any, Any, Any]) -> None:
+    """Wait until something has ended, however often the caller is cancelled, then re-raise that.
+
+    :param awaitable: a coroutine goes on even if the loop ends, which waits for the caller
+    """
+    future = (
+        awaitable
+        if asyncio.isfuture(awaitable)
+        else _Uncancelled(awaitable, loop=asyncio.get_running_loop())
+    )
     cancellation: asyncio.CancelledError | None = None
     with CancelScope(shield=True):  # anyio repeats its cancellation in each turn of the loop
         while not future.done():
