@@ -167,7 +167,7 @@ class _CancelledOnce(asyncio.Task[T]):
     def cancel(self, msg: Any = None) -> bool:
         """Pass a request on, unless there was one. The driver's time-outs always pass."""
         loop = self.get_loop()
-        if not loop.is_running() or asyncio.current_task(loop) is not None:
+        if not loop.is_running() or asyncio.current_task(loop) not in (None, self):
             # No time-out inside of the task: those cancel it in a callback of the loop.
             if self.is_ending:
                 return False
