@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 import pymysql
+import sqlalchemy
 from sqlalchemy import URL, Engine, create_engine, make_url
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
@@ -21,6 +22,8 @@ from sqlalchemy.orm import scoped_session, sessionmaker
 
 MYSQL_URL = os.environ.get("HYBRID_STORAGE_MYSQL_URL", "mysql://root@127.0.0.1:3306/test")
 POSTGRES_URL = os.environ.get("HYBRID_STORAGE_POSTGRES_URL")
+
+SQLALCHEMY_2_0 = sqlalchemy.__version__.startswith("2.0.")
 
 # Processes are forked from one that has imported what takes long, and has no threads.
 FORKED = multiprocessing.get_context("forkserver")

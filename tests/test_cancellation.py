@@ -29,6 +29,7 @@ from sqlalchemy.pool import NullPool
 from sqlalchemy.util import await_only
 
 from hybrid_storage import SQLAlchemyStorage
+from hybrid_storage._engine.cancellation import run_to_completion
 
 Call = Callable[[], Coroutine[Any, Any, object]]
 How = Callable[[Call, asyncio.Event], Awaitable[None]]
@@ -390,6 +391,99 @@ def test_a_loop_that_ends_leaves_nothing_locked(
     assert asyncio.run(later()) in {"written", "waiting"}
     asyncio.run(drop_table(storage, engine))
     assert caplog.records == []
+
+
+@pytest.mark.parametrize("backend", [*POSTGRESQL, *SQLITE], ids=str)
+@pytest.mark.parametrize("turns", range(4))
+def test_a_loop_may_end_while_a_statement_is_being_cancelled(
+    backend: Backend,
+    turns: int,
+    url_of: Callable[[Backend], URL],
+    key: StorageKey,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The loop cancels its tasks once more, before or after the driver has begun to cancel.
+
+    asyncpg does that in a task of its own, which nothing keeps from being cancelled.
+    """
+    options: dict[str, Any] = {"poolclass": NullPool} if backend.is_async else {}
+    if backend.server == "sqlite":
+        options["connect_args"] = {"timeout": SQLITE_WAITS}
+    engine = backend.engine(url_of(backend), **options)
+    storage = SQLAlchemyStorage(backend.factory(engine), table_name=f"fsm_{uuid.uuid4().hex}")
+    calls: list[asyncio.Task[None]] = []
+
+    async def prepare() -> None:
+        await storage.create_table()
+        await storage.set_state(key, "waiting")
+
+    async def cancel_and_end() -> None:
+        calls.append(asyncio.create_task(storage.set_state(key, "written")))
+        await lock.is_waited_for()
+        calls[0].cancel()
+        for _ in range(turns):
+            await checkpoint()
+
+    asyncio.run(prepare())
+    with locked(backend, url_of(backend), storage, key) as lock:
+        asyncio.run(cancel_and_end())
+        assert calls[0].cancelled()
+        if backend.driver != "asyncpg" or turns == 0:
+            lock.release()
+            assert asyncio.run(storage.get_state(key)) == "waiting"
+    asyncio.run(drop_table(storage, engine))
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("backend", [*POSTGRESQL, *SQLITE], ids=str)
+@pytest.mark.parametrize("turns", range(4))
+async def test_all_tasks_may_be_cancelled_while_a_statement_is_being_cancelled(
+    backend: Backend,
+    turns: int,
+    storage: SQLAlchemyStorage,
+    url_of: Callable[[Backend], URL],
+    key: StorageKey,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As a program does that shuts down by itself: the tasks of this call's are among them."""
+    await storage.set_state(key, "waiting")
+    earlier = asyncio.all_tasks()
+    with locked(backend, url_of(backend), storage, key) as lock:
+        call = asyncio.create_task(storage.set_state(key, "written"))
+        await lock.is_waited_for()
+        call.cancel()
+        for _ in range(turns):
+            await checkpoint()
+        for task in asyncio.all_tasks() - earlier:
+            task.cancel()
+        with anyio.fail_after(PATIENCE / 2), pytest.raises(asyncio.CancelledError):
+            await call
+        if backend.driver != "asyncpg" or turns == 0:
+            lock.release()
+            await give_way()
+            assert await storage.get_state(key) == "waiting"
+    assert caplog.records == []
+
+
+async def test_a_time_out_of_a_drivers_works_when_its_call_has_been_cancelled() -> None:
+    """asyncio's cancel the task that they are used in, the second time here."""
+    ended: list[str] = []
+
+    async def drive() -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            for name in ("first", "second"):
+                with suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(asyncio.Event().wait(), 0.001)
+                ended.append(name)
+
+    call = asyncio.create_task(run_to_completion(drive, cancels=True))
+    await give_way()
+    call.cancel()
+    with anyio.fail_after(PATIENCE), pytest.raises(asyncio.CancelledError):
+        await call
+    assert ended == ["first", "second"]
 
 
 if sys.version_info >= (3, 11):

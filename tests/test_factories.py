@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import pytest
 from aiogram.fsm.storage.base import StorageKey
 from aiogram.fsm.storage.memory import MemoryStorage
-from backends import POSTGRESQL, SQLITE, Backend
+from backends import POSTGRESQL, SQLALCHEMY_2_0, SQLITE, Backend
 from conftest import Open, dispose, rows
 from sqlalchemy import URL, Engine, MetaData, Table, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, UnboundExecutionError
@@ -577,7 +577,11 @@ async def test_execution_options_of_sessions_are_obeyed(
     made = SQLAlchemyStorage(backend.factory(engine), table_name="fsm_of_a_tenant")
     await made.create_table()
     factory: Any = async_sessionmaker if backend.is_async else sessionmaker
-    sessions = factory(engine, execution_options={"schema_translate_map": {"nowhere": None}})
+    options = {"schema_translate_map": {"nowhere": None}}
+    if SQLALCHEMY_2_0:  # its sessions have no options but their engine's
+        sessions = factory(engine.execution_options(**options))
+    else:
+        sessions = factory(engine, execution_options=options)
     storage = SQLAlchemyStorage(sessions, MetaData(schema="nowhere"), table_name="fsm_of_a_tenant")
     await storage.set_state(key, "Form:name")
     assert await made.get_state(key) == "Form:name"

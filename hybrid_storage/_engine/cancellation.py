@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Awaitable, Callable, Generator, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import partial
@@ -159,6 +159,34 @@ class InCallersTask(Awaitable[T]):
                 shield.__exit__(None, None, None)
 
 
+class _CancelledOnce(asyncio.Task[T]):
+    """A task that heeds one request to cancel: the storage's, the loop's, or another task's.
+
+    A driver that is cancelled again while it cancels at the server gives up, and the statement
+    goes on there. ``asyncio.run()`` cancels all tasks at its end, when the loop has stopped.
+    """
+
+    is_ending = False
+
+    def cancel(self, msg: Any = None) -> bool:
+        """Pass a request on, unless there was one. The driver's time-outs always pass."""
+        loop = self.get_loop()
+        if not loop.is_running() or asyncio.current_task(loop) not in (None, self):
+            # No time-out inside of the task: those cancel it in a callback of the loop.
+            if self.is_ending:
+                return False
+            self.is_ending = True
+        return super().cancel(msg)
+
+
+class _Uncancelled(asyncio.Task[T]):
+    """A task that heeds no request to cancel, not even that of a loop which ends."""
+
+    def cancel(self, msg: Any = None) -> bool:
+        """Refuse."""
+        return False
+
+
 async def run_to_completion(
     function: Callable[[], Awaitable[T]],
     interrupter: Interrupter | None = None,
@@ -169,8 +197,7 @@ async def run_to_completion(
 
     :param function: called in a task of its own, unless the caller runs to completion already
     :param interrupter: ends the function's statements if the caller is cancelled
-    :param cancels: cancel the function, but once only: a driver that is cancelled again while it
-        cancels at the server gives up, and the statement goes on there
+    :param cancels: cancel the function, but once only
     """
     if _completing.get() is asyncio.current_task():
         return await function()
@@ -187,7 +214,7 @@ async def run_to_completion(
         finally:
             end()  # at once: asyncio.shield() would wake the caller one turn of the loop later
 
-    task = asyncio.ensure_future(run())
+    task = _CancelledOnce(run(), loop=asyncio.get_running_loop())
     task.add_done_callback(end)  # for a task that is cancelled before it starts
     try:
         await done
@@ -198,7 +225,7 @@ async def run_to_completion(
     # of others by the exception's context.
     try:
         if cancels:
-            if not getattr(task, "cancelling", bool)():  # by asyncio.run(), which ends all tasks
+            if not getattr(task, "cancelling", bool)():  # by a callback that ends all tasks
                 task.cancel()
         elif interrupter is not None:
             await wait_until_done(interrupter.request_until(task, _at_once))
@@ -211,9 +238,16 @@ async def _at_once(request: Callable[[], None]) -> None:
     request()
 
 
-async def wait_until_done(awaitable: Awaitable[Any]) -> None:
-    """Wait until something has ended, however often the caller is cancelled, then re-raise that."""
-    future = asyncio.ensure_future(awaitable)
+async def wait_until_done(awaitable: asyncio.Future[Any] | Coroutine[Any, Any, Any]) -> None:
+    """Wait until something has ended, however often the caller is cancelled, then re-raise that.
+
+    :param awaitable: a coroutine goes on even if the loop ends, which waits for the caller
+    """
+    future = (
+        awaitable
+        if asyncio.isfuture(awaitable)
+        else _Uncancelled(awaitable, loop=asyncio.get_running_loop())
+    )
     cancellation: asyncio.CancelledError | None = None
     with CancelScope(shield=True):  # anyio repeats its cancellation in each turn of the loop
         while not future.done():
