@@ -49,7 +49,8 @@ def current_task() -> object:
 class HeldLock:
     """A conversation that a task holds, known to what the task calls."""
 
-    conversation: StorageKey
+    row: str
+    """The id of its row."""
     keys: set[StorageKey]
     parent: HeldLock | None
     task: object = field(default_factory=current_task)
@@ -57,7 +58,7 @@ class HeldLock:
 
     @contextmanager
     def nested(self, key: StorageKey) -> Iterator[None]:
-        """Hold another destiny of the conversation.
+        """Hold the conversation by another of its keys, of another destiny for instance.
 
         :raises RuntimeError: if the task would wait for itself
         """

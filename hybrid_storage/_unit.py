@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from aiogram.fsm.storage.base import StorageKey
 from anyio import Lock
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm.exc import StaleDataError
@@ -52,17 +51,17 @@ class UnitOfWork:
         access: Access,
         calls: Calls,
         units: Units,
-        conversation: StorageKey,
+        conversation: str,
         hold: HeldLease | None,
         parent: UnitOfWork | None,
     ) -> None:
         """Begin with nothing read.
 
-        :param conversation: its key, without a destiny
+        :param conversation: the id of its row
         :param hold: the lease behind which to write, None where there is none
         :param parent: the unit of another conversation, of the same update
         """
-        self.conversation: StorageKey = conversation
+        self.conversation: str = conversation
         self.parent: UnitOfWork | None = parent
         self.task: asyncio.Task[Any] | None = asyncio.current_task()
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
@@ -218,7 +217,7 @@ class UnitOfWork:
                     return outcome
                 call = on_top
             raise StaleDataError(
-                f"the rows of {self.conversation} changed under each of {_ATTEMPTS} attempts to "
+                f"the rows of {self.conversation!r} changed under each of {_ATTEMPTS} attempts to "
                 "write them: write to this conversation less often"
             )
 

@@ -12,11 +12,10 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import replace
 
 import anyio
 from aiogram.dispatcher.event.bases import CancelHandler, SkipHandler
-from aiogram.fsm.storage.base import DEFAULT_DESTINY, BaseEventIsolation, StorageKey
+from aiogram.fsm.storage.base import BaseEventIsolation, StorageKey
 from anyio.lowlevel import RunVar
 
 from ._codec import Codec
@@ -87,7 +86,7 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
             if not 0 < seconds < math.inf:
                 raise ValueError(f"{name} is a number of seconds above 0, not {seconds!r}")
         self._access = access
-        self._row_of = codec.row
+        self._codec = codec
         self._units_of_work = units_of_work
         self._units = units
         self._leases = leases
@@ -114,13 +113,12 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
             inside a transaction that holds SQLite's write lock, which the holder may need
         :raises LockLostError: if the lock was lost, so that the unit of work could not be written
         """
-        conversation = self._conversation(key)
-        outer = self._holder(conversation, current_task())
+        row = self._codec.conversation(key)
+        outer = self._holder(row, current_task())
         if outer is not None:
             with outer.nested(key):
                 yield
             return
-        row = self._row_of(conversation)
         here = self._here()
         scope = self._access.scope()
         is_writing = scope is not None and scope.holds_write_lock()
@@ -145,7 +143,7 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
             here.held.add(row)
             try:
                 async with self._unit(key, lease):
-                    with self._known(conversation, key):
+                    with self._known(row, key):
                         yield
             finally:
                 here.held.discard(row)
@@ -169,10 +167,9 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         """
         if self._leases is None or self._lease is None:
             raise RuntimeError(NO_LEASE)
-        conversation = self._conversation(key)
-        if self._holder(conversation) is not None:  # run_sync() has passed on its context
+        row = self._codec.conversation(key)
+        if self._holder(row) is not None:  # run_sync() has passed on its context
             raise RuntimeError(HELD_BY_HANDLER.format(key))
-        row = self._row_of(conversation)
         return held_in_this_thread(
             self._access, self._leases, row, lease=self._lease, poll=self._poll, wait=self._wait
         )
@@ -186,7 +183,7 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         :param key: the conversation's key
         :return: False if this process does not hold the lock, or may have lost it
         """
-        row = self._row_of(self._conversation(key))
+        row = self._codec.conversation(key)
         if is_synchronous():
             return self._leases is not None and is_held_by_this_thread(self._leases, row)
         return row in self._here().held if self._held is None else self._held.is_held(row)
@@ -195,11 +192,6 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         """Stop renewing if nothing is held; locks that are held go on to be renewed."""
         if self._held is not None:
             self._held.rest()
-
-    def _conversation(self, key: StorageKey) -> StorageKey:
-        if not isinstance(key, StorageKey):
-            self._row_of(key)  # which says what a key is
-        return replace(key, destiny=DEFAULT_DESTINY)
 
     async def _take(self, key: StorageKey, row: str) -> HeldLease | None:
         if self._held is None:
@@ -210,7 +202,7 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         # A transaction that is open may have written, or locked, what others would read.
         if self._units is None or self._access.scope() is not None:
             return []
-        return [self._row_of(key), *self._units_of_work.expected(key)]
+        return [self._codec.row(key), *self._units_of_work.expected(key)]
 
     @asynccontextmanager
     async def _unit(self, key: StorageKey, lease: HeldLease | None) -> AsyncIterator[None]:
@@ -255,18 +247,18 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
             self._local.set(here)
         return here
 
-    def _holder(self, conversation: StorageKey, *tasks: object) -> HeldLock | None:
+    def _holder(self, row: str, *tasks: object) -> HeldLock | None:
         """Return what holds a conversation here, in one of the tasks if some are given."""
         lock = self._current.get()
         while lock is not None and not (
-            lock.is_held and lock.conversation == conversation and (not tasks or lock.task in tasks)
+            lock.is_held and lock.row == row and (not tasks or lock.task in tasks)
         ):
             lock = lock.parent
         return lock
 
     @contextmanager
-    def _known(self, conversation: StorageKey, key: StorageKey) -> Iterator[None]:
-        lock = HeldLock(conversation, {key}, self._current.get())
+    def _known(self, row: str, key: StorageKey) -> Iterator[None]:
+        lock = HeldLock(row, {key}, self._current.get())
         token = self._current.set(lock)
         try:
             yield

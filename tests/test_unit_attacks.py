@@ -10,12 +10,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from backends import MARIADB, POSTGRESQL, Backend
+from aiogram.fsm.storage.base import KeyBuilder, StorageKey
+from backends import MARIADB, POSTGRESQL, SQLITE, Backend
 from blocking import PATIENCE, until
 from conftest import Open, dispose, engine_of, new_session
 from sqlalchemy import event, text
 from sqlalchemy.exc import SQLAlchemyError
-from units import ANOTHER, BEFORE, HISTORY, KEY, Bot, outside, running
+from units import ANOTHER, BEFORE, HISTORY, KEY, LEASES, Bot, outside, running
 
 from hybrid_storage import FlushMiddleware, SQLAlchemyStorage
 
@@ -204,3 +205,58 @@ def test_a_flush_middleware_takes_a_storage() -> None:
     wrong: Any = "storage"
     with pytest.raises(TypeError, match="takes a SQLAlchemyStorage"):
         FlushMiddleware(wrong)
+
+
+# Two keys of one row
+
+
+class PerUser(KeyBuilder):
+    """One conversation a user, whatever the chat."""
+
+    def build(self, key: StorageKey, part: str | None = None) -> str:
+        return f"user-{key.user_id}:{key.destiny}"
+
+
+@pytest.mark.parametrize("lease", LEASES.values(), ids=LEASES)
+async def test_two_keys_of_one_row_are_one_conversation(
+    backend: Backend, open_storage: Open, lease: float | None
+) -> None:
+    group = replace(KEY, chat_id=-100)
+    async with running(await open_storage(backend, key_builder=PerUser()), lease) as bot:
+
+        async def update() -> None:
+            async with bot.update():
+                await bot.storage.update_data(KEY, {"private": 1})
+                async with bot.update(group), bot.update(replace(group, destiny="other")):
+                    await bot.storage.update_data(group, {"group": 2})
+                    await bot.storage.set_state(replace(group, destiny="other"), "other")
+                assert await bot.stored() == BEFORE
+                both = await bot.storage.get_data(KEY)
+                assert both == {**BEFORE[1], "private": 1, "group": 2}
+
+        await asyncio.wait_for(update(), PATIENCE)
+        assert await bot.stored(group) == (
+            "Form:name",
+            {**BEFORE[1], "private": 1, "group": 2},
+        )
+        assert (await bot.stored(replace(KEY, destiny="other")))[0] == "other"
+        with pytest.raises(RuntimeError, match="already"):
+            async with bot.update(), bot.update(group), bot.update(group):
+                pass
+        await bot.assert_free(group)
+
+
+@pytest.mark.parametrize("backend", [SQLITE[0], POSTGRESQL[0]], ids=str)
+async def test_synchronous_code_of_a_handler_is_refused_the_same_row_by_another_key(
+    backend: Backend, open_storage: Open
+) -> None:
+    group = replace(KEY, chat_id=-100)
+    async with running(await open_storage(backend, key_builder=PerUser()), 30.0) as bot:
+
+        def lock_again() -> None:
+            with bot.isolation.lock_sync(group):
+                pass
+
+        async with bot.update():
+            with pytest.raises(RuntimeError, match="would wait"):
+                await bot.storage.run_sync(lambda _: lock_again())
