@@ -10,7 +10,13 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
+from contextlib import (
+    AbstractContextManager,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from contextvars import ContextVar
 
 import anyio
@@ -24,7 +30,7 @@ from ._engine.cancellation import run_to_completion
 from ._engine.retries import warning_if_slow
 from ._engine.slots import PARENT_WAIT
 from ._leases import HeldLease, HeldLeases
-from ._queues import HeldLock, Queues, current_task
+from ._queues import HeldLock, OneLoop, Queues, current_task
 from ._sql.leases import Leases
 from ._sql.units import Units
 from ._sync_lock import (
@@ -94,6 +100,7 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         self._poll = poll
         self._wait = wait
         self._held: HeldLeases | None = None
+        self._one_loop = OneLoop()
         if lease is not None and leases is not None:
             self._held = HeldLeases(access, leases, lease=lease, poll=poll)
         self._local: RunVar[Queues] = RunVar(f"isolation-{uuid.uuid4().hex}")
@@ -110,7 +117,8 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         :param key: the conversation's key
         :raises TimeoutError: if the lock could not be acquired within ``wait`` seconds
         :raises RuntimeError: if this task holds the lock of the same key already, or waits for long
-            inside a transaction that holds SQLite's write lock, which the holder may need
+            inside a transaction that holds SQLite's write lock, which the holder may need; if
+            another event loop uses this isolation, and it has no lease
         :raises LockLostError: if the lock was lost, so that the unit of work could not be written
         """
         row = self._codec.conversation(key)
@@ -124,7 +132,7 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         is_writing = scope is not None and scope.holds_write_lock()
         wait = PARENT_WAIT if is_writing and self._wait is None else self._wait
         lease: HeldLease | None = None
-        with here.queue(row) as turn:
+        with self._used(), here.queue(row) as turn:
             slow_after, what = self._access.slow_after, f"an update for the lock of {row!r}"
             with anyio.move_on_after(wait) as limit, warning_if_slow(slow_after, what, _AT_WORK):
                 await turn.acquire()
@@ -239,6 +247,9 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
             if self._held is not None and lease is not None:
                 is_locked = unit is not None and unit.is_fenced
                 await self._held.free(lease, is_freed=is_freed, is_locked=is_locked)
+
+    def _used(self) -> AbstractContextManager[None]:
+        return self._one_loop.used() if self._held is None else nullcontext()
 
     def _here(self) -> Queues:
         here = self._local.get(None)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import threading
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from contextvars import Context
 from dataclasses import replace
 from typing import Any
 
@@ -260,3 +263,72 @@ async def test_synchronous_code_of_a_handler_is_refused_the_same_row_by_another_
         async with bot.update():
             with pytest.raises(RuntimeError, match="would wait"):
                 await bot.storage.run_sync(lambda _: lock_again())
+
+
+# Two event loops of one process
+
+
+@pytest.mark.parametrize("backend", [SQLITE[0], POSTGRESQL[0], *MARIADB[:1]], ids=str)
+async def test_locks_in_memory_are_of_one_event_loop_at_a_time(
+    backend: Backend, open_storage: Open
+) -> None:
+    async with running(await open_storage(backend), None) as bot:
+
+        async def enter(key: StorageKey = KEY) -> None:
+            async with bot.update(key):
+                await bot.storage.update_data(key, {"in": 1})
+
+        def in_another_loop() -> None:
+            asyncio.run(asyncio.wait_for(enter(), PATIENCE))
+
+        async with bot.update(ANOTHER):
+            with pytest.raises(RuntimeError, match="leave out lease=None"):
+                await asyncio.to_thread(in_another_loop)
+            await outside(enter())
+        await asyncio.to_thread(in_another_loop)  # nobody holds any
+        await bot.assert_free()
+
+
+@pytest.mark.parametrize("backend", SQLITE[:1], ids=str)
+async def test_an_event_loop_that_was_closed_with_a_lock_keeps_nobody_out(
+    backend: Backend, open_storage: Open
+) -> None:
+    async with running(await open_storage(backend), None) as bot:
+
+        async def enter() -> None:
+            await bot.isolation.lock(KEY).__aenter__()
+
+        def abandon() -> asyncio.AbstractEventLoop:
+            loop = asyncio.new_event_loop()
+            loop.run_until_complete(Context().run(loop.create_task, enter()))
+            loop.close()
+            return loop
+
+        loop = await asyncio.to_thread(abandon)
+        assert loop.is_closed()
+        await bot.assert_free()
+
+
+@pytest.mark.parametrize("backend", SQLITE[:1], ids=str)
+async def test_a_forked_process_may_use_the_locks_of_its_parents_memory(
+    backend: Backend, open_storage: Open
+) -> None:
+    async with running(await open_storage(backend), None) as bot:
+
+        async def enter() -> None:
+            async with bot.isolation.lock(ANOTHER):
+                pass
+
+        async with bot.update():
+            child = os.fork()
+            if child == 0:
+                done = threading.Event()
+
+                def work() -> None:
+                    asyncio.run(enter())
+                    done.set()
+
+                threading.Thread(target=work, daemon=True).start()
+                os._exit(0 if done.wait(PATIENCE) else 1)
+            _, status = await asyncio.to_thread(os.waitpid, child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
