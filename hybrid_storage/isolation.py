@@ -45,7 +45,8 @@ from .unit_of_work import UnitsOfWork
 
 _WAITS_FOR_FILE = (
     "waited {:g} s for the lock of {!r} inside a transaction that holds SQLite's write lock, "
-    "without which the lock's holder cannot free it: take the lock first, then open the transaction"
+    "which a task needs to take the lock and to free it: take the lock first, then open the "
+    "transaction"
 )
 _AT_WORK = (
     "Its holder is still at work. A handler that asks another isolation of the same storage for "
@@ -204,6 +205,9 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
     async def _take(self, key: StorageKey, row: str) -> HeldLease | None:
         if self._held is None:
             return None
+        scope = self._access.scope()
+        if scope is not None and scope.holds_write_lock() and scope.task is not current_task():
+            await scope.is_over()  # the lease would end with a rollback, before its handler does
         return await self._held.take(row, self._wanted(key))
 
     def _wanted(self, key: StorageKey) -> list[str]:

@@ -21,7 +21,7 @@ from sqlalchemy import event, text
 from sqlalchemy.exc import SQLAlchemyError
 from units import ANOTHER, BEFORE, HISTORY, KEY, LEASES, Bot, outside, running
 
-from hybrid_storage import FlushMiddleware, SQLAlchemyStorage
+from hybrid_storage import FlushMiddleware, SQLAlchemyStorage, isolation
 
 NOT_SQLITE = pytest.mark.parametrize("backend", [*POSTGRESQL, *MARIADB], ids=str)
 
@@ -332,3 +332,61 @@ async def test_a_forked_process_may_use_the_locks_of_its_parents_memory(
                 os._exit(0 if done.wait(PATIENCE) else 1)
             _, status = await asyncio.to_thread(os.waitpid, child, 0)
         assert os.waitstatus_to_exitcode(status) == 0
+
+
+# A lock of a child task inside its parent's transaction, on SQLite, which has one writer
+
+
+@pytest.mark.parametrize("backend", SQLITE, ids=str)
+@pytest.mark.parametrize("fails", [False, True], ids=["", "fails"])
+async def test_a_childs_lock_waits_for_the_end_of_its_parents_transaction(
+    backend: Backend, open_storage: Open, fails: bool
+) -> None:
+    """Taken in that transaction, it would be undone with it, and the child not be alone."""
+    async with running(await open_storage(backend), 30.0) as bot:
+        entered, go = asyncio.Event(), asyncio.Event()
+
+        async def child() -> None:
+            async with bot.update(ANOTHER):
+                entered.set()
+                await go.wait()
+                await bot.storage.set_state(ANOTHER, "child")
+
+        try:
+            async with bot.storage.transaction():
+                await bot.storage.set_state(KEY, "parent")
+                task = asyncio.create_task(child())
+                await asyncio.sleep(0.1)
+                assert not entered.is_set()
+                if fails:
+                    raise LookupError
+        except LookupError:
+            pass
+        await asyncio.wait_for(entered.wait(), PATIENCE)
+        impatient = bot.storage.create_isolation(wait=0.2)
+        with pytest.raises(TimeoutError):
+            async with impatient.lock(ANOTHER):
+                pytest.fail("two were inside")
+        go.set()
+        await task
+        assert await bot.stored(ANOTHER) == ("child", {})
+        assert await bot.stored() == ("Form:name" if fails else "parent", BEFORE[1])
+
+
+@pytest.mark.parametrize("backend", SQLITE, ids=str)
+async def test_a_transaction_that_waits_for_its_childs_lock_is_told_so(
+    backend: Backend, open_storage: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(isolation, "PARENT_WAIT", 0.3)
+    async with running(await open_storage(backend), 30.0) as bot:
+
+        async def child() -> None:
+            async with bot.update(ANOTHER):
+                pytest.fail("it has the lock")
+
+        async with bot.storage.transaction():
+            await bot.storage.set_state(KEY, "parent")
+            with pytest.raises(RuntimeError, match="take the lock first"):
+                await asyncio.create_task(child())
+        assert await bot.stored() == ("parent", BEFORE[1])
+        await bot.assert_free(ANOTHER)

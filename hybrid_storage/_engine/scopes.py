@@ -30,7 +30,7 @@ from .cancellation import Interrupter, run_to_completion
 from .factories import Registry, synchronous
 from .joined import JoinedSession, begin_for_real
 from .runner import Context, carry, carry_to_completion
-from .slots import PARENT_WAIT, Bind, is_shared
+from .slots import PARENT_WAIT, Bind, is_shared, parents_are_over, pool_state
 
 if TYPE_CHECKING:
     from .factories import AnySession
@@ -78,6 +78,7 @@ class Scope:
         self.is_open: bool = True
         self.parent: Scope | None = parent
         self._root: Scope = self if parent is None else parent._root
+        self._is_closed = asyncio.Event()
         self._was_cancelled = False
         self._has_savepoint = False
         self._is_occupied = False
@@ -151,13 +152,21 @@ class Scope:
 
     async def close(self) -> None:
         """End the scope, after the call that is under way: the session is the caller's again."""
-        if self._lock.statistics().locked:
-            await run_to_completion(self._close_in_turn())
-        self.is_open = False
+        try:
+            if self._lock.statistics().locked:
+                await run_to_completion(self._close_in_turn())
+        finally:
+            self.is_open = False
+            self._is_closed.set()
 
     async def _close_in_turn(self) -> None:
         async with self._lock:
             self.is_open = False
+
+    async def is_over(self) -> None:
+        """Wait for the end of a parent task's block, and for its commit."""
+        await self._root._is_closed.wait()
+        await parents_are_over(pool_state(self._root._bind_of({})))
 
     def raise_if_cancelled(self) -> None:
         """Refuse to go on after a cancelled call, which may have undone what was before it.
