@@ -11,12 +11,13 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import replace
 
 from aiogram.fsm.storage.base import DEFAULT_DESTINY, StorageKey
 
+from ._blocks import Block
 from ._codec import Codec
 from ._engine.access import Access
 from ._leases import HeldLease
@@ -104,17 +105,16 @@ class UnitsOfWork:
 
     @contextmanager
     def undone_on_failure(self) -> Iterator[None]:
-        """Take back what the block has collected, and what it has written, if it fails."""
-        before = [
-            (unit, {id: row.copied() for id, row in unit.rows.items()})
-            for unit in self._of_this_task()
-        ]
-        try:
+        """Take back what the block has collected, and what it has written, if it fails.
+
+        What other tasks have collected meanwhile stays.
+        """
+        block = Block(self._access.scope())
+        with ExitStack() as stack:
+            stack.enter_context(block.entered())
+            for unit in self._of_this_task():
+                stack.enter_context(unit.undone_on_failure(block))
             yield
-        except BaseException:
-            for unit, rows in before:
-                unit.rows = rows
-            raise
 
     def _of_this_task(self) -> Iterator[UnitOfWork]:
         return (unit for unit in self._open() if unit.task is asyncio.current_task())

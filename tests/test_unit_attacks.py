@@ -7,7 +7,7 @@ import gc
 import os
 import threading
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from contextvars import Context
 from dataclasses import replace
 from typing import Any
@@ -21,7 +21,7 @@ from sqlalchemy import event, text
 from sqlalchemy.exc import SQLAlchemyError
 from units import ANOTHER, BEFORE, HISTORY, KEY, LEASES, Bot, outside, running
 
-from hybrid_storage import FlushMiddleware, SQLAlchemyStorage, isolation
+from hybrid_storage import CorruptDataError, FlushMiddleware, SQLAlchemyStorage, isolation
 
 NOT_SQLITE = pytest.mark.parametrize("backend", [*POSTGRESQL, *MARIADB], ids=str)
 
@@ -390,3 +390,139 @@ async def test_a_transaction_that_waits_for_its_childs_lock_is_told_so(
                 await asyncio.create_task(child())
         assert await bot.stored() == ("parent", BEFORE[1])
         await bot.assert_free(ANOTHER)
+
+
+# What a block that fails takes back
+
+
+@pytest.mark.parametrize("is_nested", [False, True], ids=["", "nested"])
+@pytest.mark.parametrize("flushes", [False, True], ids=["", "flushes"])
+async def test_what_a_child_has_collected_is_not_undone_with_its_parents_block(
+    bot: Bot, is_nested: bool, flushes: bool
+) -> None:
+    storage = bot.storage
+    await storage.set_state(HISTORY, "to be cleared")
+    writes, written = asyncio.Event(), asyncio.Event()
+
+    async def child() -> None:
+        await writes.wait()
+        await storage.update_data(KEY, {"child": 1})
+        await storage.set_state(HISTORY, None)
+        written.set()
+
+    async def parent() -> None:
+        task = asyncio.create_task(child())
+        await storage.update_data(KEY, {"before": 1})
+        with pytest.raises(LookupError):
+            async with storage.transaction():
+                await storage.update_data(KEY, {"failed": 1})
+                writes.set()
+                await written.wait()
+                await storage.set_state(KEY, "failed")
+                if flushes:
+                    await storage.flush()
+                raise LookupError
+        await task
+        assert await storage.get_data(KEY) == {**BEFORE[1], "before": 1, "child": 1}
+        assert await storage.get_state(HISTORY) is None
+
+    async def update() -> None:
+        async with bot.update(), storage.transaction() if is_nested else nullcontext():
+            await parent()
+        assert await bot.stored() == ("Form:name", {**BEFORE[1], "before": 1, "child": 1})
+        assert await bot.stored(HISTORY) == (None, {})
+
+    await asyncio.wait_for(update(), PATIENCE)
+
+
+async def test_what_a_child_writes_to_a_session_is_not_undone_with_a_nested_block(
+    bot: Bot,
+) -> None:
+    writes = asyncio.Event()
+
+    async def child() -> None:
+        await writes.wait()
+        await bot.storage.update_data(KEY, {"child": 1})
+
+    async def update() -> None:
+        session = new_session(bot.storage)
+        async with bot.update():
+            async with bot.storage.using(session):
+                task = asyncio.create_task(child())
+                await bot.storage.update_data(KEY, {"before": 1})
+                with pytest.raises(LookupError):
+                    async with bot.storage.transaction():
+                        await bot.storage.update_data(KEY, {"failed": 1})
+                        writes.set()
+                        await task
+                        raise LookupError
+                expected = {**BEFORE[1], "before": 1, "child": 1}
+                assert await bot.storage.get_data(KEY) == expected
+            await finish(session, "commit")
+            await finish(session, "close")
+        assert await bot.stored() == ("Form:name", expected)
+
+    await asyncio.wait_for(update(), PATIENCE)
+
+
+async def test_what_a_child_clears_in_its_parents_block_stays_cleared(bot: Bot) -> None:
+    await bot.storage.set_state(HISTORY, "to be cleared")
+    writes = asyncio.Event()
+
+    async def child() -> None:
+        await writes.wait()
+        await bot.storage.clear(HISTORY)
+
+    async with bot.update():
+        task = asyncio.create_task(child())
+        with pytest.raises(LookupError):
+            async with bot.storage.transaction():
+                writes.set()
+                await task
+                await bot.storage.flush()
+                raise LookupError
+    assert await bot.stored(HISTORY) == (None, {})
+
+
+async def test_a_task_that_is_started_in_a_block_is_undone_with_it(bot: Bot) -> None:
+    async def child(state: str, may_write: asyncio.Event) -> None:
+        await may_write.wait()
+        await bot.storage.set_state(HISTORY, state)
+
+    async with bot.update(), bot.storage.transaction():
+        at_once, late = asyncio.Event(), asyncio.Event()
+        with pytest.raises(LookupError):
+            async with bot.storage.transaction():
+                inside = asyncio.create_task(child("undone", at_once))
+                task = asyncio.create_task(child("late", late))
+                at_once.set()
+                await inside
+                raise LookupError
+        assert await bot.storage.get_state(HISTORY) is None
+        late.set()
+        await task
+    assert await bot.stored(HISTORY) == ("late", {})
+
+
+async def test_data_that_a_failed_block_has_replaced_are_as_they_were(bot: Bot) -> None:
+    def corrupt(session: Any) -> None:
+        table = bot.storage.table
+        session.execute(table.update().values(data="{"))
+
+    await bot.storage.run_sync(corrupt)
+    writes = asyncio.Event()
+
+    async def child() -> None:
+        await writes.wait()
+        await bot.storage.update_data(KEY, {"child": 1})
+
+    async with bot.update():
+        task = asyncio.create_task(child())
+        with pytest.raises(LookupError):
+            async with bot.storage.transaction():
+                await bot.storage.set_data(KEY, {})
+                writes.set()
+                await task
+                raise LookupError
+        with pytest.raises(CorruptDataError):
+            await bot.storage.get_data(KEY)
