@@ -48,6 +48,10 @@ _WAITS_FOR_FILE = (
     "which a task needs to take the lock and to free it: take the lock first, then open the "
     "transaction"
 )
+_IS_HELD = (
+    "could not acquire the lock for {1!r} within {0:g} s: its holder is still at work, or has died "
+    "within the last lease"
+)
 _AT_WORK = (
     "Its holder is still at work. A handler that asks another isolation of the same storage for "
     "the lock waits for itself: use one isolation"
@@ -142,13 +146,9 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
                 except BaseException:
                     turn.release()
                     raise
-            if limit.cancelled_caught and wait != self._wait:
-                raise RuntimeError(_WAITS_FOR_FILE.format(wait, row))
             if limit.cancelled_caught:
-                raise TimeoutError(
-                    f"could not acquire the lock for {row!r} within {wait:g} s: its holder "
-                    "is still at work, or has died within the last lease"
-                )
+                error = TimeoutError if wait == self._wait else RuntimeError
+                raise error((_WAITS_FOR_FILE if is_writing else _IS_HELD).format(wait, row))
             here.held.add(row)
             try:
                 async with self._unit(key, lease):
