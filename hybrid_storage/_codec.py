@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from aiogram.exceptions import DataNotDictLikeError
 from aiogram.fsm.state import State
-from aiogram.fsm.storage.base import KeyBuilder, StateType, StorageKey
+from aiogram.fsm.storage.base import DEFAULT_DESTINY, KeyBuilder, StateType, StorageKey
 
 JsonDumps = Callable[..., str | bytes]
 JsonLoads = Callable[..., Any]
@@ -42,6 +43,16 @@ class Codec:
                 "user_id=...), or state.key in a handler"
             )
         return _text("the key builder's build()", self._build(key))
+
+    def conversation(self, key: StorageKey) -> str:
+        """Return what a key's conversation is told by: the id of its row, whatever the destiny.
+
+        Keys that the key builder gives one row, such as those of one user's chats, are of one
+        conversation.
+        """
+        if isinstance(key, StorageKey) and key.destiny != DEFAULT_DESTINY:
+            key = replace(key, destiny=DEFAULT_DESTINY)
+        return self.row(key)
 
     def state(self, state: StateType) -> str | None:
         """Return a state's name, None for no state.

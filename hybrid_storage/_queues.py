@@ -6,12 +6,21 @@ For ``isolation.py``.
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from weakref import ref
 
 import anyio
 from aiogram.fsm.storage.base import StorageKey
+
+_TWO_LOOPS = (
+    "create_isolation(lease=None) locks in one event loop at a time, and another one holds or "
+    "waits for a lock of it, by which this one would not be kept out: leave out lease=None, for a "
+    "lease in the database holds between event loops, too"
+)
 
 
 class Queues:
@@ -37,6 +46,43 @@ class Queues:
                 del self._queues[row]
 
 
+class OneLoop:
+    """Lets one event loop at a time use locks that are in memory, and excludes no tasks itself."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._loop = _no_loop
+        self._process = 0
+        self._users = 0
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Use the locks.
+
+        :raises RuntimeError: if another event loop does, in another thread
+        """
+        this = asyncio.get_running_loop(), os.getpid()
+        with self._guard:
+            loop = self._loop()
+            if (loop, self._process) != this:
+                # After a fork, the parent's loop is there still, and runs no more.
+                is_alive = loop is not None and not loop.is_closed()
+                if self._users and is_alive and self._process == this[1]:
+                    raise RuntimeError(_TWO_LOOPS)
+                self._loop, self._process, self._users = ref(this[0]), this[1], 0
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._guard:
+                if (self._loop(), self._process) == this:
+                    self._users -= 1
+
+
+def _no_loop() -> asyncio.AbstractEventLoop | None:
+    return None
+
+
 def _semaphore() -> anyio.Semaphore:
     return anyio.Semaphore(1, max_value=1, fast_acquire=True)
 
@@ -49,7 +95,8 @@ def current_task() -> object:
 class HeldLock:
     """A conversation that a task holds, known to what the task calls."""
 
-    conversation: StorageKey
+    row: str
+    """The id of its row."""
     keys: set[StorageKey]
     parent: HeldLock | None
     task: object = field(default_factory=current_task)
@@ -57,7 +104,7 @@ class HeldLock:
 
     @contextmanager
     def nested(self, key: StorageKey) -> Iterator[None]:
-        """Hold another destiny of the conversation.
+        """Hold the conversation by another of its keys, of another destiny for instance.
 
         :raises RuntimeError: if the task would wait for itself
         """

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
-from aiogram.fsm.storage.base import StorageKey
 from anyio import Lock
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm.exc import StaleDataError
 
+from ._blocks import Before, Block
 from ._engine.access import Access
 from ._engine.calls import Call
 from ._engine.errors import is_serialization_failure
@@ -52,17 +53,17 @@ class UnitOfWork:
         access: Access,
         calls: Calls,
         units: Units,
-        conversation: StorageKey,
+        conversation: str,
         hold: HeldLease | None,
         parent: UnitOfWork | None,
     ) -> None:
         """Begin with nothing read.
 
-        :param conversation: its key, without a destiny
+        :param conversation: the id of its row
         :param hold: the lease behind which to write, None where there is none
         :param parent: the unit of another conversation, of the same update
         """
-        self.conversation: StorageKey = conversation
+        self.conversation: str = conversation
         self.parent: UnitOfWork | None = parent
         self.task: asyncio.Task[Any] | None = asyncio.current_task()
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
@@ -77,6 +78,7 @@ class UnitOfWork:
         self._turn = Lock(fast_acquire=True)
         self._lock = Lock(fast_acquire=True)
         self._stale: set[str] = set()
+        self._before: list[Before] = []  # the blocks that are open
         self.is_fenced: bool = False
         """Whether a transaction that may be open has locked the lease's row."""
 
@@ -113,6 +115,8 @@ class UnitOfWork:
                 is_fine = not call.writes or not any(map(is_doubtful, changed.now))
                 if is_fine or changed.now == checked:
                     self.rows[call.row] = changed
+                    for before in self._before if call.writes else ():
+                        before.note(call, self._access.scope())
                     break
             # At the call, and not at the end of the update.
             check = partial(self._units.check, change=changed)
@@ -135,6 +139,20 @@ class UnitOfWork:
         """Read anew, since others may have written: what has been changed is changed on top."""
         self.rows = {id: row for id, row in self.rows.items() if row.is_changed}
         self._stale = set(self.rows)
+
+    @contextmanager
+    def undone_on_failure(self, block: Block) -> Iterator[None]:
+        """Take back what a block has collected, and what it has written, if it fails."""
+        before = Before(block, self.rows)
+        self._before.append(before)
+        try:
+            yield
+        except BaseException:
+            self.rows, unknown = before.restored()
+            self._stale |= unknown
+            raise
+        finally:
+            self._before.remove(before)
 
     async def write(self, *, ends: bool = False) -> bool:
         """Write what has been collected, in the transaction that this task has joined, if any.
@@ -218,7 +236,7 @@ class UnitOfWork:
                     return outcome
                 call = on_top
             raise StaleDataError(
-                f"the rows of {self.conversation} changed under each of {_ATTEMPTS} attempts to "
+                f"the rows of {self.conversation!r} changed under each of {_ATTEMPTS} attempts to "
                 "write them: write to this conversation less often"
             )
 

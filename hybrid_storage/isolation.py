@@ -10,14 +10,19 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
+from contextlib import (
+    AbstractContextManager,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from contextvars import ContextVar
-from dataclasses import replace
 from functools import partial
 
 import anyio
 from aiogram.dispatcher.event.bases import CancelHandler, SkipHandler
-from aiogram.fsm.storage.base import DEFAULT_DESTINY, BaseEventIsolation, StorageKey
+from aiogram.fsm.storage.base import BaseEventIsolation, StorageKey
 from anyio.lowlevel import RunVar
 
 from ._codec import Codec
@@ -26,7 +31,7 @@ from ._engine.cancellation import run_to_completion
 from ._engine.retries import warning_if_slow
 from ._engine.slots import PARENT_WAIT
 from ._leases import HeldLease, HeldLeases
-from ._queues import HeldLock, Queues, current_task
+from ._queues import HeldLock, OneLoop, Queues, current_task
 from ._sql.leases import Leases
 from ._sql.units import Units
 from ._sync_lock import (
@@ -41,7 +46,12 @@ from .unit_of_work import UnitsOfWork
 
 _WAITS_FOR_FILE = (
     "waited {:g} s for the lock of {!r} inside a transaction that holds SQLite's write lock, "
-    "without which the lock's holder cannot free it: take the lock first, then open the transaction"
+    "which a task needs to take the lock and to free it: take the lock first, then open the "
+    "transaction"
+)
+_IS_HELD = (
+    "could not acquire the lock for {1!r} within {0:g} s: its holder is still at work, or has died "
+    "within the last lease"
 )
 _AT_WORK = (
     "Its holder is still at work. A handler that asks another isolation of the same storage for "
@@ -88,7 +98,7 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
             if not 0 < seconds < math.inf:
                 raise ValueError(f"{name} is a number of seconds above 0, not {seconds!r}")
         self._access = access
-        self._row_of = codec.row
+        self._codec = codec
         self._units_of_work = units_of_work
         self._units = units
         self._leases = leases
@@ -96,6 +106,7 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         self._poll = poll
         self._wait = wait
         self._held: HeldLeases | None = None
+        self._one_loop = OneLoop()
         if lease is not None and leases is not None:
             self._held = HeldLeases(access, leases, lease=lease, poll=poll)
         self._local: RunVar[Queues] = RunVar(f"isolation-{uuid.uuid4().hex}")
@@ -112,22 +123,22 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         :param key: the conversation's key
         :raises TimeoutError: if the lock could not be acquired within ``wait`` seconds
         :raises RuntimeError: if this task holds the lock of the same key already, or waits for long
-            inside a transaction that holds SQLite's write lock, which the holder may need
+            inside a transaction that holds SQLite's write lock, which the holder may need; if
+            another event loop uses this isolation, and it has no lease
         :raises LockLostError: if the lock was lost, so that the unit of work could not be written
         """
-        conversation = self._conversation(key)
-        outer = self._holder(conversation, current_task())
+        row = self._codec.conversation(key)
+        outer = self._holder(row, current_task())
         if outer is not None:
             with outer.nested(key):
                 yield
             return
-        row = self._row_of(conversation)
         here = self._here()
         scope = self._access.scope()
         is_writing = scope is not None and scope.holds_write_lock()
         wait = PARENT_WAIT if is_writing and self._wait is None else self._wait
         lease: HeldLease | None = None
-        with here.queue(row) as turn:
+        with self._used(), here.queue(row) as turn:
             slow_after, what = self._access.slow_after, f"an update for the lock of {row!r}"
             with anyio.move_on_after(wait) as limit, warning_if_slow(slow_after, what, _AT_WORK):
                 await turn.acquire()
@@ -136,17 +147,13 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
                 except BaseException:
                     turn.release()
                     raise
-            if limit.cancelled_caught and wait != self._wait:
-                raise RuntimeError(_WAITS_FOR_FILE.format(wait, row))
             if limit.cancelled_caught:
-                raise TimeoutError(
-                    f"could not acquire the lock for {row!r} within {wait:g} s: its holder "
-                    "is still at work, or has died within the last lease"
-                )
+                error = TimeoutError if wait == self._wait else RuntimeError
+                raise error((_WAITS_FOR_FILE if is_writing else _IS_HELD).format(wait, row))
             here.held.add(row)
             try:
                 async with self._unit(key, lease):
-                    with self._known(conversation, key):
+                    with self._known(row, key):
                         yield
             finally:
                 here.held.discard(row)
@@ -170,10 +177,9 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         """
         if self._leases is None or self._lease is None:
             raise RuntimeError(NO_LEASE)
-        conversation = self._conversation(key)
-        if self._holder(conversation) is not None:  # run_sync() has passed on its context
+        row = self._codec.conversation(key)
+        if self._holder(row) is not None:  # run_sync() has passed on its context
             raise RuntimeError(HELD_BY_HANDLER.format(key))
-        row = self._row_of(conversation)
         return held_in_this_thread(
             self._access, self._leases, row, lease=self._lease, poll=self._poll, wait=self._wait
         )
@@ -187,7 +193,7 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         :param key: the conversation's key
         :return: False if this process does not hold the lock, or may have lost it
         """
-        row = self._row_of(self._conversation(key))
+        row = self._codec.conversation(key)
         if is_synchronous():
             return self._leases is not None and is_held_by_this_thread(self._leases, row)
         return row in self._here().held if self._held is None else self._held.is_held(row)
@@ -197,21 +203,19 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         if self._held is not None:
             await self._held.close()
 
-    def _conversation(self, key: StorageKey) -> StorageKey:
-        if not isinstance(key, StorageKey):
-            self._row_of(key)  # which says what a key is
-        return replace(key, destiny=DEFAULT_DESTINY)
-
     async def _take(self, key: StorageKey, row: str) -> HeldLease | None:
         if self._held is None:
             return None
+        scope = self._access.scope()
+        if scope is not None and scope.holds_write_lock() and scope.task is not current_task():
+            await scope.is_over()  # the lease would end with a rollback, before its handler does
         return await self._held.take(row, self._wanted(key))
 
     def _wanted(self, key: StorageKey) -> list[str]:
         # A transaction that is open may have written, or locked, what others would read.
         if self._units is None or self._access.scope() is not None:
             return []
-        return [self._row_of(key), *self._units_of_work.expected(key)]
+        return [self._codec.row(key), *self._units_of_work.expected(key)]
 
     @asynccontextmanager
     async def _unit(self, key: StorageKey, lease: HeldLease | None) -> AsyncIterator[None]:
@@ -249,6 +253,9 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
                 is_locked = unit is not None and unit.is_fenced
                 await self._held.free(lease, is_freed=is_freed, is_locked=is_locked)
 
+    def _used(self) -> AbstractContextManager[None]:
+        return self._one_loop.used() if self._held is None else nullcontext()
+
     def _here(self) -> Queues:
         here = self._local.get(None)
         if here is None:
@@ -256,18 +263,18 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
             self._local.set(here)
         return here
 
-    def _holder(self, conversation: StorageKey, *tasks: object) -> HeldLock | None:
+    def _holder(self, row: str, *tasks: object) -> HeldLock | None:
         """Return what holds a conversation here, in one of the tasks if some are given."""
         lock = self._current.get()
         while lock is not None and not (
-            lock.is_held and lock.conversation == conversation and (not tasks or lock.task in tasks)
+            lock.is_held and lock.row == row and (not tasks or lock.task in tasks)
         ):
             lock = lock.parent
         return lock
 
     @contextmanager
-    def _known(self, conversation: StorageKey, key: StorageKey) -> Iterator[None]:
-        lock = HeldLock(conversation, {key}, self._current.get())
+    def _known(self, row: str, key: StorageKey) -> Iterator[None]:
+        lock = HeldLock(row, {key}, self._current.get())
         token = self._current.set(lock)
         try:
             yield

@@ -116,7 +116,7 @@ class SQLAlchemyStorage(Updates[S], BaseStorage, Generic[S, M]):
         bind_arguments = self._calls.bind_arguments
         runner = Runner(*session_factory(factory), bind_arguments, limiter, context)
         access = Access(runner, retry_for, slow_after)
-        units = UnitsOfWork(access, self._calls, codec.row)
+        units = UnitsOfWork(access, self._calls, codec)
         super().__init__(access, units, getattr(factory, "registry", None))
         self._tables = [self.table]
         self._isolations = set()

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import replace
 
 from aiogram.fsm.storage.base import DEFAULT_DESTINY, StorageKey
 
+from ._blocks import Block
+from ._codec import Codec
 from ._engine.access import Access
 from ._leases import HeldLease
 from ._sql.units import Units
@@ -30,18 +32,18 @@ _DESTINIES = 16  # that one update is expected to read
 class UnitsOfWork:
     """The units that the tasks of a storage have open."""
 
-    def __init__(self, access: Access, calls: Calls, row_of: Callable[[StorageKey], str]) -> None:
+    def __init__(self, access: Access, calls: Calls, codec: Codec) -> None:
         """Remember what to use; see :class:`UnitOfWork`."""
         self._access = access
         self._calls = calls
-        self._row_of = row_of
+        self._codec = codec
         self._current: ContextVar[UnitOfWork | None] = ContextVar("unit_of_work", default=None)
         self._habits = _Habits()
 
     def expected(self, key: StorageKey) -> list[str]:
         """Return the ids of the rows that an update of a conversation is likely to read."""
-        destinies = self._habits.of(_conversation(key))
-        return [self._row_of(replace(key, destiny=destiny)) for destiny in destinies]
+        destinies = self._habits.of(self._codec.conversation(key))
+        return [self._codec.row(replace(key, destiny=destiny)) for destiny in destinies]
 
     @contextmanager
     def opened(self, key: StorageKey, units: Units, hold: HeldLease | None) -> Iterator[UnitOfWork]:
@@ -54,7 +56,7 @@ class UnitsOfWork:
         parent = self._current.get()
         while parent is not None and not parent.is_open:
             parent = parent.parent
-        conversation = _conversation(key)
+        conversation = self._codec.conversation(key)
         unit = UnitOfWork(self._access, self._calls, units, conversation, hold, parent)
         unit.expected = self.expected(key)
         token = self._current.set(unit)
@@ -67,7 +69,9 @@ class UnitsOfWork:
 
     def find(self, key: StorageKey) -> UnitOfWork | None:
         """Return the unit that calls for a key go to here."""
-        conversation = _conversation(key)
+        if self._current.get() is None:
+            return None
+        conversation = self._codec.conversation(key)
         unit = next((each for each in self._open() if each.conversation == conversation), None)
         if unit is None or self._has_part_in_transaction(unit):
             return unit
@@ -78,7 +82,7 @@ class UnitsOfWork:
     def remember(self, key: StorageKey) -> None:
         """Expect a destiny in the next update of its conversation, for this one has read it."""
         if key.destiny != DEFAULT_DESTINY:
-            self._habits.add(_conversation(key), key.destiny)
+            self._habits.add(self._codec.conversation(key), key.destiny)
 
     async def write(self) -> bool:
         """Write what this update has collected so far, in all its conversations.
@@ -101,17 +105,16 @@ class UnitsOfWork:
 
     @contextmanager
     def undone_on_failure(self) -> Iterator[None]:
-        """Take back what the block has collected, and what it has written, if it fails."""
-        before = [
-            (unit, {id: row.copied() for id, row in unit.rows.items()})
-            for unit in self._of_this_task()
-        ]
-        try:
+        """Take back what the block has collected, and what it has written, if it fails.
+
+        What other tasks have collected meanwhile stays.
+        """
+        block = Block(self._access.scope())
+        with ExitStack() as stack:
+            stack.enter_context(block.entered())
+            for unit in self._of_this_task():
+                stack.enter_context(unit.undone_on_failure(block))
             yield
-        except BaseException:
-            for unit, rows in before:
-                unit.rows = rows
-            raise
 
     def _of_this_task(self) -> Iterator[UnitOfWork]:
         return (unit for unit in self._open() if unit.task is asyncio.current_task())
@@ -137,12 +140,12 @@ class _Habits:
     """
 
     def __init__(self) -> None:
-        self._of: OrderedDict[StorageKey, dict[str, None]] = OrderedDict()
+        self._of: OrderedDict[str, dict[str, None]] = OrderedDict()
 
-    def of(self, conversation: StorageKey) -> list[str]:
+    def of(self, conversation: str) -> list[str]:
         return list(self._of.get(conversation, ()))
 
-    def add(self, conversation: StorageKey, destiny: str) -> None:
+    def add(self, conversation: str, destiny: str) -> None:
         destinies = self._of.setdefault(conversation, {})
         self._of.move_to_end(conversation)
         destinies.pop(destiny, None)
@@ -151,7 +154,3 @@ class _Habits:
             del destinies[next(iter(destinies))]
         if len(self._of) > _CONVERSATIONS:
             self._of.popitem(last=False)
-
-
-def _conversation(key: StorageKey) -> StorageKey:
-    return key if key.destiny == DEFAULT_DESTINY else replace(key, destiny=DEFAULT_DESTINY)

@@ -47,6 +47,7 @@ ORDER = [
     "_leases",
     "_queues",
     "_sync_lock",
+    "_blocks",
     "_unit",
     "unit_of_work",
     "transactions",

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from aiogram.fsm.storage.base import StorageKey
 from backends import MARIADB, POSTGRESQL, SERVERS, SQLITE, Backend
 from blocking import PATIENCE
-from conftest import Open
+from conftest import Open, new_session
+from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
 
-from hybrid_storage import transactions
+from hybrid_storage import SQLAlchemyStorage, transactions
 from hybrid_storage._engine import scopes, slots
 
 ROW_LOCKS = [*POSTGRESQL, *MARIADB]
@@ -167,33 +173,63 @@ async def test_single_calls_of_children_join_and_are_undone_with_it(
     assert (await storage.get_state(key), await storage.get_state(other)) == (None, None)
 
 
+@asynccontextmanager
+async def joined(storage: SQLAlchemyStorage, how: str) -> AsyncGenerator[None, None]:
+    """Join a transaction of the storage's, or a session of the application's."""
+    if how == "transaction":
+        async with storage.transaction():
+            yield
+        return
+    session = new_session(storage)
+    async with storage.using(session):
+        yield
+    for end in (session.commit, session.close):
+        ended = end()
+        if ended is not None:
+            await ended
+
+
 @pytest.mark.parametrize("backend", SERVERS, ids=str)
+@pytest.mark.parametrize("how", ["transaction", "using"])
+@pytest.mark.parametrize("depth", [1, 2])
 async def test_a_childs_call_is_not_undone_with_a_nested_block_of_its_parent(
-    backend: Backend, open_storage: Open, key: StorageKey, other: StorageKey
+    backend: Backend,
+    open_storage: Open,
+    key: StorageKey,
+    other: StorageKey,
+    how: str,
+    depth: int,
 ) -> None:
+    """Nor does it wait for that block, which may be waiting for the child."""
     storage = await open_storage(backend)
     inside = asyncio.Event()
 
-    async def child() -> None:
+    async def child() -> Any:
         await inside.wait()
         await storage.set_state(other, "child")
+        return await storage.update_data(key, {"child": 1})
 
-    async with storage.transaction():
+    async with joined(storage, how):
         task = asyncio.create_task(child())
+        await storage.set_state(key, "outer")
+        await storage.update_data(key, {"outer": 1})
         with pytest.raises(ZeroDivisionError):
-            async with storage.transaction():
-                await storage.set_state(key, "nested")
+            async with AsyncExitStack() as blocks:
+                for _ in range(depth):
+                    await blocks.enter_async_context(storage.transaction())
+                await storage.update_data(key, {"nested": 1})
                 inside.set()
-                await asyncio.sleep(0.05)
-                assert not task.done()
+                assert (await asyncio.wait_for(task, PATIENCE))["nested"] == 1
+                assert await storage.get_state(other) == "child"
                 raise ZeroDivisionError
-        await task
-    assert (await storage.get_state(key), await storage.get_state(other)) == (None, "child")
+        assert await storage.get_state(other) == "child"
+    assert (await storage.get_state(key), await storage.get_state(other)) == ("outer", "child")
+    assert await storage.get_data(key) == {"outer": 1, "child": 1}
 
 
-@pytest.mark.parametrize("backend", [SQLITE[0], POSTGRESQL[1]], ids=str)
-async def test_a_nested_block_that_waits_for_an_outer_child_is_told_so(
-    backend: Backend, open_storage: Open, key: StorageKey, short_wait: float
+@pytest.mark.parametrize("backend", SERVERS, ids=str)
+async def test_a_childs_call_in_a_nested_block_of_its_parent_happens_once(
+    backend: Backend, open_storage: Open, key: StorageKey
 ) -> None:
     storage = await open_storage(backend)
     inside = asyncio.Event()
@@ -201,6 +237,53 @@ async def test_a_nested_block_that_waits_for_an_outer_child_is_told_so(
     async def child() -> None:
         await inside.wait()
         await storage.set_state(key, "child")
+
+    async with storage.transaction():
+        task = asyncio.create_task(child())
+        async with storage.transaction():
+            inside.set()
+            await task
+            await storage.set_state(key, "nested")
+        assert await storage.get_state(key) == "nested"
+    assert await storage.get_state(key) == "nested"
+
+
+@pytest.mark.parametrize("backend", SERVERS, ids=str)
+async def test_a_childs_call_does_not_fail_with_a_nested_block_of_its_parent(
+    backend: Backend, open_storage: Open, key: StorageKey
+) -> None:
+    storage = await open_storage(backend)
+    inside = asyncio.Event()
+
+    async def child() -> None:
+        await inside.wait()
+        await storage.set_state(key, "child")
+
+    def fail(session: Session) -> None:
+        inside_loop(inside.set)
+        time.sleep(0.05)  # the child's call comes after this function, before the block's end
+        session.execute(text("SELECT no_such_column"))
+
+    inside_loop = asyncio.get_running_loop().call_soon_threadsafe
+    async with storage.transaction():
+        task = asyncio.create_task(child())
+        with pytest.raises(DBAPIError, match="no_such_column"):
+            async with storage.transaction():
+                await storage.run_sync(fail)
+        await task
+    assert await storage.get_state(key) == "child"
+
+
+@pytest.mark.parametrize("backend", [SQLITE[0], POSTGRESQL[1]], ids=str)
+async def test_a_nested_block_that_waits_for_a_function_of_an_outer_child_is_told_so(
+    backend: Backend, open_storage: Open, key: StorageKey, short_wait: float
+) -> None:
+    storage = await open_storage(backend)
+    inside = asyncio.Event()
+
+    async def child() -> None:
+        await inside.wait()
+        await storage.run_sync(storage.operations.set_state, key, "child")
 
     async with storage.transaction():
         task = asyncio.create_task(child())

@@ -128,7 +128,7 @@ class Model:
             if json.dumps(self.now(destiny)) != json.dumps(self.found[destiny]):
                 self.stored[destiny] = after(self.stored[destiny], pending)
                 self.found[destiny] = self.stored[destiny]
-                self.pending[destiny] = []
+            self.pending[destiny] = []  # of no effect, and so it is not applied later
 
 
 class User:

@@ -14,6 +14,7 @@ from contextlib import (
     asynccontextmanager,
     contextmanager,
     nullcontext,
+    suppress,
 )
 from contextvars import ContextVar
 from functools import partial
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from anyio import Lock, move_on_after
 from sqlalchemy import Connection
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
-from sqlalchemy.exc import PendingRollbackError, ResourceClosedError
+from sqlalchemy.exc import PendingRollbackError, ResourceClosedError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from .calls import Call
@@ -30,7 +31,7 @@ from .cancellation import Interrupter, run_to_completion
 from .factories import Registry, synchronous
 from .joined import JoinedSession, begin_for_real
 from .runner import Context, carry, carry_to_completion
-from .slots import PARENT_WAIT, Bind, is_shared
+from .slots import PARENT_WAIT, Bind, is_shared, parents_are_over, pool_state
 
 if TYPE_CHECKING:
     from .factories import AnySession
@@ -78,8 +79,10 @@ class Scope:
         self.is_open: bool = True
         self.parent: Scope | None = parent
         self._root: Scope = self if parent is None else parent._root
+        self._is_closed = asyncio.Event()
         self._was_cancelled = False
-        self._has_savepoint = False
+        self._nested: Scope | None = None
+        self._meanwhile: list[Callable[[Session, Interrupter], object]] = []
         self._is_occupied = False
         self._lock = Lock(fast_acquire=True)
 
@@ -90,6 +93,10 @@ class Scope:
 
     async def execute(self, call: Call[T]) -> T:
         """Run a call in the session, after the calls that came before.
+
+        One of another task than that which has a nested block open is run in the block, rather than
+        wait for it: the block may be waiting for that task. If the block is undone, the call's
+        write is repeated.
 
         :raises ScopeClosed: if the scope has ended
         :raises PendingRollbackError: if an earlier call was cancelled
@@ -102,6 +109,14 @@ class Scope:
             with interrupter.reaching(connection):
                 return call.run(connection)
 
+        if self._nested is not None:
+            # Ended meanwhile, or broken by an error of its own: then the call's turn is afterwards.
+            with suppress(ScopeClosed, SQLAlchemyError):
+                result = await self._nested.execute(call)
+                # What a unit of work has collected, it writes again by itself.
+                if call.writes and call.in_unit is not None:
+                    self._meanwhile.append(in_session)
+                return result
         return await self._carry(in_session, bind)
 
     async def run(self, function: Callable[[Session], T]) -> T:
@@ -151,13 +166,21 @@ class Scope:
 
     async def close(self) -> None:
         """End the scope, after the call that is under way: the session is the caller's again."""
-        if self._lock.statistics().locked:
-            await run_to_completion(self._close_in_turn)
-        self.is_open = False
+        try:
+            if self._lock.statistics().locked:
+                await run_to_completion(self._close_in_turn)
+        finally:
+            self.is_open = False
+            self._is_closed.set()
 
     async def _close_in_turn(self) -> None:
         async with self._lock:
             self.is_open = False
+
+    async def is_over(self) -> None:
+        """Wait for the end of a parent task's block, and for its commit."""
+        await self._root._is_closed.wait()
+        await parents_are_over(pool_state(self._root._bind_of({})))
 
     def raise_if_cancelled(self) -> None:
         """Refuse to go on after a cancelled call, which may have undone what was before it.
@@ -174,11 +197,12 @@ class Scope:
     async def savepoint(self) -> AsyncIterator[Scope]:
         """Undo what is done inside, and only that, if it ends with an exception.
 
-        Calls of other tasks that joined this scope wait meanwhile: they are not to be undone too.
+        Calls of other tasks that joined this scope are not undone: see :meth:`execute`. Functions
+        of theirs wait meanwhile.
         """
         async with self._turn():
-            self._has_savepoint = True
             inner = Scope(self.session, self.context, self.registry, self)
+            self._nested, self._meanwhile = inner, []
             try:
                 end = await inner._carry(self._root._begin_savepoint, None)
                 try:
@@ -186,12 +210,14 @@ class Scope:
                 except BaseException:
                     await inner.close()
                     await carry_to_completion(self.session, partial(end, False))
+                    if self._meanwhile and not self._root._was_cancelled:
+                        await carry_to_completion(self.session, self._repeat)
                     raise
                 await inner.close()
                 self.raise_if_cancelled()
                 await carry_to_completion(self.session, partial(end, True))
             finally:
-                self._has_savepoint = False
+                self._nested, inner.is_open = None, False
 
     def _begin_savepoint(
         self, session: Session, _: Interrupter
@@ -206,6 +232,10 @@ class Scope:
                 raise ResourceClosedError(_ENDED_INSIDE) from error
 
         return end
+
+    def _repeat(self, _: Session) -> None:
+        for work in self._meanwhile:
+            self._root._in_order(work, Interrupter())
 
     async def _carry(self, work: Callable[[Session, Interrupter], T], bind: Bind | None) -> T:
         async with self._turn():
@@ -230,18 +260,18 @@ class Scope:
                 "a function that run_sync() has called awaits the storage, whose turn comes after "
                 "that function: call storage.operations with its session, or await afterwards"
             )
-        had_savepoint = self._has_savepoint
+        nested = self._nested
         while True:
             with move_on_after(PARENT_WAIT) as limit:
                 await self._lock.acquire()
             if not limit.cancelled_caught:
                 break
-            if had_savepoint and self._has_savepoint:
+            if nested is not None and self._nested is not None:
                 raise RuntimeError(
                     "waited for a nested transaction() of the parent task, which may be waiting "
                     "for this task: start the task inside the nested block"
                 )
-            had_savepoint = self._has_savepoint
+            nested = self._nested
         try:
             if not self.is_open:
                 raise ScopeClosed

@@ -67,7 +67,7 @@ class PoolState:
         self.call_queue = [CapacityLimiter(1)] if self.is_shared else []
         # Connections of calls, which will be given back soon.
         self.of_calls: set[Connection] = set()
-        self.open_transactions: set[object] = set()
+        self.open_transactions: set[asyncio.Event] = set()
 
     def call(self, writes: bool, limiter: CapacityLimiter | None) -> Slot:
         """Return a slot for a call."""
@@ -194,13 +194,20 @@ def _takes_at_once(limiter: CapacityLimiter, borrower: object) -> bool:
     return True
 
 
-# The transactions that the running task and its parents have open.
-_transactions: ContextVar[tuple[object, ...]] = ContextVar("transactions", default=())
+# The transactions that the running task and its parents have opened, each set once it is over.
+_transactions: ContextVar[tuple[asyncio.Event, ...]] = ContextVar("transactions", default=())
 
 
 def is_held_by_parent(pool: PoolState) -> bool:
     """Tell whether this task, or a parent of it, has a transaction open on a pool."""
     return any(each in pool.open_transactions for each in _transactions.get())
+
+
+async def parents_are_over(pool: PoolState) -> None:
+    """Wait until no transaction of this task's parents is open on a pool."""
+    for each in _transactions.get():
+        if each in pool.open_transactions:
+            await each.wait()
 
 
 async def acquired(slot: Slot, pool: PoolState) -> None:
@@ -225,7 +232,7 @@ async def transaction_slot(pool: PoolState) -> AsyncIterator[None]:
     """
     slot = pool.transaction()
     await acquired(slot, pool)
-    this = object()
+    this = asyncio.Event()
     pool.open_transactions.add(this)
     token = _transactions.set((*_transactions.get(), this))
     try:
@@ -233,6 +240,7 @@ async def transaction_slot(pool: PoolState) -> AsyncIterator[None]:
     finally:
         pool.open_transactions.discard(this)
         slot.release()
+        this.set()
         with suppress(ValueError):  # left in another context than entered
             _transactions.reset(token)
 
