@@ -129,6 +129,7 @@ async def test_a_dialog_is_changed_in_the_background_and_from_the_foreground(
     background = setup_dialogs(dispatcher, events_isolation=bot.isolation)
     telegram = Telegram()
     telegram_bot = TelegramBot("42:TOKEN", session=telegram)
+    earlier = asyncio.all_tasks()
     for text in ["/start", "/coffee"][: 1 + in_transaction]:
         raw = {
             "update_id": 1,
@@ -144,7 +145,7 @@ async def test_a_dialog_is_changed_in_the_background_and_from_the_foreground(
         feeding = dispatcher.feed_update(telegram_bot, message)
         await asyncio.wait_for(outside(feeding), PATIENCE)
     await asyncio.wait_for(changed.wait(), PATIENCE)
-    await until(lambda: not bot.isolation.still_held(KEY))
+    await until(lambda: asyncio.all_tasks() <= earlier)  # the other update, and its commit
 
     async def foreground() -> None:
         manager = background.bg(telegram_bot, USER, USER)
@@ -153,6 +154,7 @@ async def test_a_dialog_is_changed_in_the_background_and_from_the_foreground(
             dialog.dialog_data["drink"] = "tea"
 
     await asyncio.wait_for(outside(foreground()), PATIENCE)
+    await until(lambda: asyncio.all_tasks() <= earlier)
     assert shown[0] == "nothing"
     assert shown[-1] in ("coffee", "tea")
     assert await bot.stored() == ("Form:name", {**BEFORE[1], "started": True, "finished": True})
