@@ -40,6 +40,7 @@ def test_closed_event_loops_are_collected(tmp_path: Path, key: StorageKey) -> No
         threads.pop().join(PATIENCE)
     gc.collect()
     assert [each for each in loops if each() is not None] == []
+    asyncio.run(storage.close())
 
 
 def test_a_limiter_serves_storages_in_two_event_loops_at_once(
@@ -65,6 +66,7 @@ def test_a_limiter_serves_storages_in_two_event_loops_at_once(
         thread.join(2 * PATIENCE)
     assert errors == []
     assert not any(thread.is_alive() for thread in threads)
+    asyncio.run(storage.close())
 
 
 @pytest.mark.parametrize("backend", [POSTGRESQL[0]], ids=str)
