@@ -5,6 +5,15 @@ from __future__ import annotations
 import warnings
 
 from aiogram.fsm.storage.base import KeyBuilder, StorageKey
+from sqlalchemy import Table
+
+from ._sql.lookups import has_columns
+
+NO_COLUMNS = (
+    "{} needs the columns to look conversations by, which table {!r} lacks: pass columns=True to "
+    "the storage, or let your model inherit from ConversationColumns, and add them to the table "
+    "with a migration"
+)
 
 
 def check_functions(**functions: object) -> None:
@@ -28,6 +37,21 @@ def check_seconds(**arguments: object) -> None:
             raise TypeError(f"{name} is a number of seconds, such as 30.0, not {seconds!r}")
         if not seconds >= 0:
             raise ValueError(f"{name} is a number of seconds, 0 or more, not {seconds!r}")
+
+
+def check_columns(table: Table, expires_after: object) -> None:
+    """Refuse to let conversations expire on a table that does not know when they were written.
+
+    :raises TypeError: if it is not a number of seconds
+    :raises ValueError: if it is not above 0, or if the table lacks the columns
+    """
+    if expires_after is None:
+        return
+    check_seconds(expires_after=expires_after)
+    if not expires_after:
+        raise ValueError("expires_after is a number of seconds above 0, or None for never")
+    if not has_columns(table):
+        raise ValueError(NO_COLUMNS.format("expires_after", table.fullname))
 
 
 def checked_key_builder(builder: object) -> KeyBuilder:

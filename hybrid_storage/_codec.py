@@ -12,6 +12,8 @@ from aiogram.fsm.storage.base import DEFAULT_DESTINY, KeyBuilder, StateType, Sto
 
 JsonDumps = Callable[..., str | bytes]
 JsonLoads = Callable[..., Any]
+Change = Callable[[dict[str, Any]], Mapping[str, Any]]
+"""Makes new data out of the present ones; called again if these have changed meanwhile."""
 
 
 class CorruptDataError(ValueError):
@@ -98,8 +100,10 @@ class Codec:
             raise ValueError("json_dumps() returned nothing for data that is not empty")
         return _text("json_dumps()", text)
 
-    def load(self, key: StorageKey, text: str | None) -> dict[str, Any]:
+    def load(self, key: object, text: str | None) -> dict[str, Any]:
         """Return the data that a text stands for.
+
+        :param key: the conversation's, for the error
 
         :raises CorruptDataError: if it is not the text of a JSON object
         """
@@ -124,7 +128,7 @@ class Codec:
                 )
         return ""
 
-    def _corrupt(self, key: StorageKey, why: str) -> CorruptDataError:
+    def _corrupt(self, key: object, why: str) -> CorruptDataError:
         return CorruptDataError(
             f"the data of {key} in table {self._table!r} cannot be read, {why}. "
             "The row is unchanged; set_data() or clear() replaces it"
@@ -132,24 +136,22 @@ class Codec:
 
 
 class Merge:
-    """Applies changes to a stored text."""
+    """Replaces a stored text by what a function makes of the data in it."""
 
-    def __init__(self, codec: Codec, key: StorageKey, changes: str) -> None:
-        """Remember the changes, to be applied as ``dict.update`` does."""
+    def __init__(self, codec: Codec, key: StorageKey, function: Change) -> None:
+        """Remember the function."""
         self._codec = codec
         self._key = key
-        self._changes = changes
+        self._function = function
         self.data: dict[str, Any] = {}
         """What the text last returned stands for."""
 
     def __call__(self, text: str | None) -> str:
         """Return the text that replaces another."""
+        new = self._codec.dump(self._function(self._codec.load(self._key, text)))
         # Parsed anew each time: nothing of the caller's own objects gets into the result.
-        self.data = {
-            **self._codec.load(self._key, text),
-            **self._codec.load(self._key, self._changes),
-        }
-        return self._codec.dump(self.data)
+        self.data = self._codec.load(self._key, new)
+        return new
 
 
 def _text(source: str, text: object) -> str:

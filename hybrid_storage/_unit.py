@@ -112,6 +112,7 @@ class UnitOfWork:
                     continue
                 changed = row.copied() if call.writes else row
                 result = call.in_unit(changed)
+                changed.columns = call.columns or changed.columns
                 is_fine = not call.writes or not any(map(is_doubtful, changed.now))
                 if is_fine or changed.now == checked:
                     self.rows[call.row] = changed

@@ -21,16 +21,14 @@ from sqlalchemy.orm import (
 from sqlalchemy.sql.operators import OperatorType
 from sqlalchemy.types import TypeEngine
 
+from .columns import UTF8, ConversationColumns, Key
+
 # The models declared for tables. Not in Table.info: Alembic writes that into its migrations.
 _models: WeakKeyDictionary[Table, ref[type[FSMData]]] = WeakKeyDictionary()
 
-# MySQL wants a length for VARCHAR, and its default collations take "a" and "A" for the same key.
-_UTF8 = {"charset": "utf8mb4", "collation": "utf8mb4_bin"}
-_Key: TypeEngine[str] = String().with_variant(mysql.VARCHAR(255, **_UTF8), "mysql", "mariadb")
-
 
 def _text() -> TypeEngine[str]:
-    return String().with_variant(mysql.LONGTEXT(**_UTF8), "mysql", "mariadb")
+    return String().with_variant(mysql.LONGTEXT(**UTF8), "mysql", "mariadb")
 
 
 class _Comparator(String.Comparator[str]):
@@ -64,7 +62,7 @@ class FSMData:
     base of dataclasses (``MappedAsDataclass``) does not take the mixin.
     """
 
-    id: Mapped[str] = mapped_column(_Key, primary_key=True)
+    id: Mapped[str] = mapped_column(Key, primary_key=True)
     """The key, as the key builder writes it."""
     state: Mapped[str | None] = mapped_column(_StateText, nullable=True)
     """The state's name; NULL for none."""
@@ -89,11 +87,12 @@ HasMetaData: TypeAlias = _Base | _OtherBase
 """A declarative base, or whatever else carries a ``metadata``."""
 
 
-def model_for(metadata: object, table_name: object) -> type[FSMData]:
+def model_for(metadata: object, table_name: object, *, columns: bool = False) -> type[FSMData]:
     """Return the model that a storage's arguments ask for.
 
     :param metadata: a ``MetaData``, a declarative base, or None for a new ``MetaData``
     :param table_name: the table's name, or a model to use as it is
+    :param columns: whether a table that is declared has the columns to look conversations by
     :raises TypeError: if one of them is something else
     :raises ValueError: if the metadata has a table of that name with other columns
     """
@@ -115,11 +114,11 @@ def model_for(metadata: object, table_name: object) -> type[FSMData]:
             f"pass table_name={name!r} and a MetaData(schema={schema!r})"
         )
     if metadata is None:
-        return declare_model(MetaData(), table_name)
+        return declare_model(MetaData(), table_name, columns=columns)
     if not isinstance(metadata, type):
         metadata = getattr(metadata, "metadata", metadata)  # a registry, Flask-SQLAlchemy's db
     if isinstance(metadata, MetaData) or _has_metadata(metadata):
-        return declare_model(metadata, table_name)
+        return declare_model(metadata, table_name, columns=columns)
     raise TypeError(f"metadata is a MetaData or a declarative base, not {metadata!r}")
 
 
@@ -131,11 +130,14 @@ def _has_metadata(thing: object) -> TypeGuard[type[HasMetaData]]:
     return isinstance(thing, type) and isinstance(getattr(thing, "metadata", None), MetaData)
 
 
-def declare_model(base: type[HasMetaData] | MetaData, table_name: str) -> type[FSMData]:
+def declare_model(
+    base: type[HasMetaData] | MetaData, table_name: str, *, columns: bool = False
+) -> type[FSMData]:
     """Declare the storage's model, or return the one already declared for that table.
 
     :param base: the declarative base to inherit from, or a bare ``MetaData``
     :param table_name: the table's name, without a schema (``MetaData(schema=...)`` sets that)
+    :param columns: whether it has the columns to look conversations by
     :raises ValueError: if the metadata has a table of that name with other columns
     :return: the mapped class
     """
@@ -160,7 +162,8 @@ def declare_model(base: type[HasMetaData] | MetaData, table_name: str) -> type[F
         attributes["__table__"] = table
     # A declarative base wants the names of its classes to differ, as those of its tables do.
     metaclass: Any = type(parent)
-    model = cast("type[FSMData]", metaclass(name, (FSMData, parent), attributes))
+    mixins = (ConversationColumns, FSMData) if columns and table is None else (FSMData,)
+    model = cast("type[FSMData]", metaclass(name, (*mixins, parent), attributes))
     _check_writable(table_of(model))
     _models[table_of(model)] = ref(model)
     return model
@@ -185,7 +188,7 @@ def declare_lock_table(model: type[FSMData]) -> Table:
     return Table(
         name,
         beside.metadata,
-        Column("id", _Key, primary_key=True),
+        Column("id", Key, primary_key=True),
         Column("owner", String(32), nullable=False),
         Column("expires", Double, nullable=False),
         Column("version", BigInteger, nullable=False),

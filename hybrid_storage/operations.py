@@ -22,10 +22,12 @@ from aiogram.fsm.storage.base import StateType, StorageKey
 from sqlalchemy import Connection, inspect
 from sqlalchemy.orm import Session, scoped_session
 
-from ._codec import Codec, Merge
+from ._codec import Change, Codec, Merge
 from ._engine.calls import Call
 from ._sql.changes import ChangedRow
+from ._sql.lookups import Row, columns_of
 from ._sql.rows import Rows
+from .columns import values_of
 from .model import FSMData
 
 T = TypeVar("T")
@@ -68,13 +70,13 @@ class Calls:
 
     def set_state(self, key: StorageKey, state: StateType) -> Call[None]:
         """Return the call that sets or removes a state."""
-        row, name = self._codec.row(key), self._codec.state(state)
+        row, name = self.row(key), self._codec.state(state)
         function = partial(self._rows.set_state, row=row, state=name)
         return self.writing(row, function, lambda changed: changed.set_state(name))
 
     def set_data(self, key: StorageKey, data: Mapping[str, Any]) -> Call[None]:
         """Return the call that replaces data."""
-        row, text = self._codec.row(key), self._codec.dump(data)
+        row, text = self.row(key), self._codec.dump(data)
         function = partial(self._rows.set_data, row=row, data=text)
         return self.writing(row, function, lambda changed: changed.set_data(text))
 
@@ -83,25 +85,34 @@ class Calls:
         changes = self._codec.dump(data)
         if not changes:
             return self.get_data(key)
-        row = self._codec.row(key)
+        return self._changing(key, lambda old: {**old, **self._codec.load(key, changes)})
 
-        def update(connection: Connection) -> dict[str, Any]:
-            merge = Merge(self._codec, key, changes)
+    def change_data(self, key: StorageKey, function: Change) -> Call[dict[str, Any]]:
+        """Return the call that replaces data by what a function makes of it."""
+        if not callable(function):
+            raise TypeError(f"change_data() takes a function of the data, not {function!r}")
+        return self._changing(key, function)
+
+    def _changing(self, key: StorageKey, function: Change) -> Call[dict[str, Any]]:
+        row = self.row(key)
+
+        def change(connection: Connection) -> dict[str, Any]:
+            merge = Merge(self._codec, key, function)
             self._rows.update_data(connection, row, merge)
             return merge.data
 
-        def update_in_unit(changed: ChangedRow) -> dict[str, Any]:
-            merge = Merge(self._codec, key, changes)
+        def change_in_unit(changed: ChangedRow) -> dict[str, Any]:
+            merge = Merge(self._codec, key, function)
             changed.update_data(merge)
             return merge.data
 
         in_transaction = self._rows.needs_transaction
-        return self.writing(row, update, update_in_unit, in_transaction=in_transaction)
+        return self.writing(row, change, change_in_unit, in_transaction=in_transaction)
 
     def clear(self, key: StorageKey) -> Call[None]:
         """Return the call that removes a row."""
-        row = self._codec.row(key)
-        function = partial(self._rows.clear, row=row)
+        row = self.row(key)
+        function = partial(self._rows.clear, row=row.id)
         return self.writing(row, function, ChangedRow.clear)
 
     def reading(
@@ -114,18 +125,31 @@ class Calls:
         table = self._rows.table.fullname
         return Call(function, self._to_read, row, table, writes=False, in_unit=in_unit)
 
+    def row(self, key: StorageKey) -> Row:
+        """Return the row of a key, and what its columns to look by are filled with."""
+        id = self._codec.row(key)
+        if not self._rows.lookups.values:
+            return Row(id, {})
+        return Row(id, columns_of(values_of(key, self._codec.conversation(key))))
+
     def writing(
         self,
-        row: str,
+        row: Row | str,
         function: Callable[[Connection], T],
         in_unit: Callable[[ChangedRow], T] | None = None,
         *,
         in_transaction: bool = False,
     ) -> Call[T]:
         """Return a call that writes."""
-        table = self._rows.table.fullname
+        id, columns = (row, {}) if isinstance(row, str) else row
         return Call(
-            function, self.to_write, row, table, in_transaction=in_transaction, in_unit=in_unit
+            function,
+            self.to_write,
+            id,
+            self._rows.table.fullname,
+            in_transaction=in_transaction,
+            in_unit=in_unit,
+            columns=columns,
         )
 
 
@@ -147,7 +171,7 @@ class Operations:
         :param key: the conversation's key
         :return: the state's name, None if there is none
         """
-        return _run(session, self._calls.get_state(key))
+        return run(session, self._calls.get_state(key))
 
     def set_state(self, session: AnySync, key: StorageKey, state: StateType = None) -> None:
         """Set or remove the state of a conversation.
@@ -165,7 +189,7 @@ class Operations:
         :param key: the conversation's key
         :return: the data, empty if there is none
         """
-        return _run(session, self._calls.get_data(key))
+        return run(session, self._calls.get_data(key))
 
     def set_data(self, session: AnySync, key: StorageKey, data: Mapping[str, Any]) -> None:
         """Replace the data of a conversation.
@@ -200,7 +224,28 @@ class Operations:
         :param data: the fields to set, as in ``dict.update``
         :return: the whole data, as stored
         """
-        return _run(session, self._calls.update_data(key, data))
+        return run(session, self._calls.update_data(key, data))
+
+    def change_data(self, session: AnySync, key: StorageKey, function: Change) -> dict[str, Any]:
+        """Replace the data of a conversation by what a function makes of it.
+
+        :param session: the session to write in
+        :param key: the conversation's key
+        :param function: gets the data and returns the new data. It may be called more than once, so
+            it must do nothing else
+        :return: the new data, as stored
+        """
+        return run(session, self._calls.change_data(key, function))
+
+    def remove_data(self, session: AnySync, key: StorageKey, *names: str) -> dict[str, Any]:
+        """Remove fields of a conversation's data.
+
+        :param session: the session to write in
+        :param key: the conversation's key
+        :param names: the fields; those that are not there do no harm
+        :return: the rest of the data
+        """
+        return self.change_data(session, key, without(*names))
 
     def clear(self, session: AnySync, key: StorageKey) -> None:
         """Remove state and data of a conversation.
@@ -211,7 +256,16 @@ class Operations:
         _run(session, self._calls.clear(key))
 
 
-def _run(session: AnySync, call: Call[T]) -> T:
+def without(*names: str) -> Change:
+    """Return the function that leaves fields out of data."""
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"remove_data() takes names of fields, not {name!r}")
+    return lambda data: {name: value for name, value in data.items() if name not in names}
+
+
+def run(session: AnySync, call: Call[T]) -> T:
+    """Run a call in a session of the caller's."""
     own: object = session() if isinstance(session, scoped_session) else session
     if hasattr(own, "sync_session"):
         raise TypeError(

@@ -12,7 +12,13 @@ from anyio import CapacityLimiter
 from sqlalchemy import URL, Engine, MetaData, Table
 from typing_extensions import TypeVar
 
-from ._arguments import check_functions, check_seconds, checked_key_builder, renamed
+from ._arguments import (
+    check_columns,
+    check_functions,
+    check_seconds,
+    checked_key_builder,
+    renamed,
+)
 from ._codec import Codec, JsonDumps, JsonLoads
 from ._engine.access import Access
 from ._engine.calls import Call
@@ -21,12 +27,13 @@ from ._engine.runner import Runner
 from ._engine.threads import run_in_thread
 from ._sql.rows import Rows
 from ._unit import UnitClosed
+from .conversations import ConversationCalls
 from .keys import FullKeyBuilder
 from .model import FSMData, HasMetaData, model_for, table_of
-from .operations import Calls, Operations
+from .operations import Calls
+from .steering import ConversationOperations, Steering
 from .transactions import S
 from .unit_of_work import UnitsOfWork
-from .updates import Updates
 
 if TYPE_CHECKING:
     from ._engine.factories import AnyEngine
@@ -38,7 +45,7 @@ RETRY_FOR = 30.0  # seconds: a server's restart, a short failover
 SLOW_AFTER = 10.0  # seconds
 
 
-class SQLAlchemyStorage(Updates[S], BaseStorage, Generic[S, M]):
+class SQLAlchemyStorage(Steering[S], BaseStorage, Generic[S, M]):
     """Keeps states and data of aiogram's FSM in a table, one row a conversation.
 
     Every method may be called by any number of tasks, threads and processes at once. A call that is
@@ -52,7 +59,7 @@ class SQLAlchemyStorage(Updates[S], BaseStorage, Generic[S, M]):
     """The model's table."""
     metadata: MetaData
     """The table's metadata."""
-    operations: Operations
+    operations: ConversationOperations
     """The same operations for a session of your own, without ``await``."""
 
     def __init__(
@@ -68,6 +75,8 @@ class SQLAlchemyStorage(Updates[S], BaseStorage, Generic[S, M]):
         retry_for: float = RETRY_FOR,
         slow_after: float = SLOW_AFTER,
         context: Callable[[], AbstractContextManager[object]] = nullcontext,
+        columns: bool = False,
+        expires_after: float | None = None,
         model: type[M] | None = None,
         session: SessionFactory[S] | None = None,
         base: MetaData | type[HasMetaData] | None = None,
@@ -89,6 +98,10 @@ class SQLAlchemyStorage(Updates[S], BaseStorage, Generic[S, M]):
             restarts, is busy, or resolves a deadlock at the call's cost. 0 tries once
         :param slow_after: after how many seconds the log warns of a call that waits
         :param context: what sessions need around them, such as Flask's ``app.app_context``
+        :param columns: whether the table has the columns to look conversations by, which a model
+            gets from :class:`ConversationColumns`
+        :param expires_after: after how many seconds without a write a conversation reads as absent;
+            never by default. Needs the columns
         :param model: a model of your own, in place of ``table_name``
         :param session: deprecated, ``sessionmaker`` under its former name
         :param base: deprecated, ``metadata`` under its former name
@@ -100,7 +113,10 @@ class SQLAlchemyStorage(Updates[S], BaseStorage, Generic[S, M]):
         if factory is None:
             raise TypeError("SQLAlchemyStorage() needs a sessionmaker or an async_sessionmaker")
         name: object = table_name if model is None else model
-        self.model = cast("type[M]", model_for(renamed("metadata", metadata, "base", base), name))
+        self.model = cast(
+            "type[M]",
+            model_for(renamed("metadata", metadata, "base", base), name, columns=columns),
+        )
         self.table = table_of(self.model)
         self.metadata = self.table.metadata
         check_functions(json_dumps=json_dumps, json_loads=json_loads, context=context)
@@ -110,9 +126,11 @@ class SQLAlchemyStorage(Updates[S], BaseStorage, Generic[S, M]):
         builder = checked_key_builder(key_builder or FullKeyBuilder())
         codec = Codec(builder, json_dumps, json_loads, self.table.fullname)
         self._codec = codec
-        self._rows = Rows(self.table)
+        check_columns(self.table, expires_after)
+        self._rows = Rows(self.table, expires_after)
         self._calls = Calls(self.model, self._rows, codec)
-        self.operations = Operations(self._calls)
+        self._steps = ConversationCalls(self._rows, codec, expires_after)
+        self.operations = ConversationOperations(self._calls, self._steps)
         bind_arguments = self._calls.bind_arguments
         runner = Runner(*session_factory(factory), bind_arguments, limiter, context)
         access = Access(runner, retry_for, slow_after)
@@ -142,6 +160,8 @@ class SQLAlchemyStorage(Updates[S], BaseStorage, Generic[S, M]):
         limiter: CapacityLimiter | None = None,
         retry_for: float = RETRY_FOR,
         slow_after: float = SLOW_AFTER,
+        columns: bool = False,
+        expires_after: float | None = None,
         **engine_options: Any,
     ) -> SQLAlchemyStorage[Any, Any]:
         """Make a storage with an engine of its own, which :meth:`close` disposes.
@@ -162,6 +182,8 @@ class SQLAlchemyStorage(Updates[S], BaseStorage, Generic[S, M]):
             limiter=limiter,
             retry_for=retry_for,
             slow_after=slow_after,
+            columns=columns,
+            expires_after=expires_after,
         )
         storage.engine = engine
         return storage

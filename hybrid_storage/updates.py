@@ -55,7 +55,7 @@ class Updates(Tables[S]):
         if lease is not None:
             table = declare_lock_table(self.model)
             self._tables = [self.table, table]
-            leases = Leases(table, self.table, execute)
+            leases = Leases(table, self._rows, execute)
         made = SQLAlchemyEventIsolation(
             self._access,
             self._codec,

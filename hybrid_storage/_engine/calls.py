@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from sqlalchemy import Connection
@@ -30,6 +30,8 @@ class Call(Generic[T]):
     in_transaction: bool = False
     in_unit: Callable[[Any], T] | None = None
     """Does the same to the row that a unit of work has read."""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """What else a write fills in, by the names of the parameters."""
 
     def __str__(self) -> str:
         return f"{'writing' if self.writes else 'reading'} {self.row!r} in table {self.table!r}"

@@ -5,9 +5,9 @@ For ``units.py`` and ``unit_of_work.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 Change: TypeAlias = Callable[[str | None], str]
 """Makes the new text of the data out of the present one."""
@@ -42,6 +42,8 @@ class ChangedRow:
         self.found: Texts | None = found
         self.now: Texts = found or Texts()
         """What it holds once the changes have been written."""
+        self.columns: Mapping[str, Any] = {}
+        """What else a write fills in, by the names of the parameters."""
         self._has_state = False
         self._data: list[Change] = []
 

@@ -1,14 +1,15 @@
-"""The database's clock, which all processes agree on. For ``leases.py`` and ``units.py``."""
+"""The database's clock, which all processes agree on. For the rest of ``_sql``."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import Dialect
+from sqlalchemy import ColumnElement, Dialect
 from sqlalchemy.dialects.mysql.base import MySQLDialect
 from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
+from sqlalchemy.ext.compiler import compiles
 
 
 def now(dialect: Dialect) -> sa.ColumnElement[Any]:
@@ -26,3 +27,16 @@ def now(dialect: Dialect) -> sa.ColumnElement[Any]:
         f"event isolation knows the clocks of PostgreSQL, MySQL, MariaDB and SQLite, not that of "
         f"{dialect.name}: for a bot of one process, create_isolation(lease=None) needs none"
     )
+
+
+class Clock(ColumnElement[float]):
+    """The same in a statement, on whatever database that is compiled for."""
+
+    inherit_cache = True
+    type = sa.Double()
+
+
+@compiles(Clock)
+def _compiled(clock: Clock, compiler: Any, **options: Any) -> str:
+    text: str = compiler.process(now(compiler.dialect), **{**options, "literal_binds": True})
+    return text

@@ -25,6 +25,7 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from .changes import Texts
 from .clock import now
 from .results import Execute, executed, per_dialect
+from .rows import Rows
 from .upsert import native_insert
 
 NOBODY = ""  # the owner of a free lock
@@ -55,12 +56,12 @@ class Taken:
 class Leases:
     """Takes, renews and frees leases, for an owner, in seconds."""
 
-    def __init__(self, table: Table, beside: Table, execute: Execute = executed) -> None:
+    def __init__(self, table: Table, beside: Rows, execute: Execute = executed) -> None:
         """Build the statements that are the same on every database.
 
         :param table: the table of locks
-        :param beside: the table of conversations, which is read along
-        :param execute: executes the statements that an update waits for
+        :param beside: the conversations, read along
+        :param execute: carries out what an update waits for
         """
         self.table: Table = table
         self.execute: Execute = execute
@@ -100,9 +101,8 @@ class Leases:
             else:
                 version = answer.scalar()
                 seen = (version or 1) - 1
-                rows = []
-                if version is not None and wanted:
-                    rows = executed(connection, dialect.read, parameters).rows or []
+                reads = version is not None and wanted
+                rows = (executed(connection, dialect.read, parameters).rows or []) if reads else []
         if version is None:
             return None
         there = {each[-3]: Texts(*each[-2:]) for each in rows if each[-3] is not None}
@@ -148,8 +148,8 @@ class Leases:
         :return: whether it is freed, or held no more
         """
         dialect = self._dialect(connection)
-        parameters: dict[str, Any] = {"_rows": [fence.row], "_owner": fence.owner}
-        parameters |= {"_row": fence.row, "_version": fence.version}
+        parameters: dict[str, Any] = {"_row": fence.row, "_rows": [fence.row]}
+        parameters |= {"_owner": fence.owner, "_version": fence.version}
         unlocked = dialect.select_unlocked
         is_reached = unlocked is None or executed(connection, unlocked, parameters).found()
         if is_reached and executed(connection, dialect.free_unlocked, parameters).found():
@@ -188,8 +188,8 @@ class Leases:
 class _Dialect:
     """What differs from one kind of database to another."""
 
-    def __init__(self, leases: Leases, beside: Table, dialect: Dialect) -> None:
-        table = leases.table
+    def __init__(self, leases: Leases, rows: Rows, dialect: Dialect) -> None:
+        table, beside = leases.table, rows.table
         columns = table.c
         clock = now(dialect)
         values: dict[str, Any] = {
@@ -228,10 +228,11 @@ class _Dialect:
             self.acquire = upsert.returning(columns.version) if returns else upsert
             if isinstance(dialect, PGDialect):
                 self.at_once = {
-                    is_fenced: _acquire_and_read(upsert, table, beside, waits=not is_fenced)
+                    is_fenced: _acquire_and_read(upsert, table, rows, waits=not is_fenced)
                     for is_fenced in (False, True)
                 }
-        wanted = beside.c.id.in_(sa.bindparam("_wanted", expanding=True))
+        these = beside.c.id.in_(sa.bindparam("_wanted", expanding=True))
+        wanted = sa.and_(these, rows.lookups.alive)
         self.read = (
             sa.select(columns.version, columns.owner, beside.c.id, beside.c.state, beside.c.data)
             .select_from(table.outerjoin(beside, wanted))
@@ -267,7 +268,7 @@ class _Dialect:
         )
 
 
-def _acquire_and_read(upsert: Any, locks: Table, beside: Table, *, waits: bool) -> sa.Executable:
+def _acquire_and_read(upsert: Any, locks: Table, rows: Rows, *, waits: bool) -> sa.Executable:
     """Return PostgreSQL's one statement: what it reads is older than the lock, so compare.
 
     The reads see the database as it was when the statement began, the upsert sees the latest row.
@@ -277,10 +278,11 @@ def _acquire_and_read(upsert: Any, locks: Table, beside: Table, *, waits: bool) 
     """
     taken = upsert.returning(locks.c.version).cte("taken")
     seen = sa.select(locks.c.version).where(locks.c.id == sa.bindparam("_row"))
-    wanted = beside.c.id == sa.any_(sa.bindparam("_wanted", type_=sa.ARRAY(sa.Text)))
-    wait: Any = sa.func.set_config("synchronous_commit", "off", sa.true())
-    if waits:
-        wait = sa.literal_column("1")
+    beside = rows.table
+    these = beside.c.id == sa.any_(sa.bindparam("_wanted", type_=sa.ARRAY(sa.Text)))
+    wanted = sa.and_(these, rows.lookups.alive)
+    off = sa.func.set_config("synchronous_commit", "off", sa.true())
+    wait: Any = sa.literal_column("1") if waits else off
     one = sa.select(wait.label("one")).cte("one")
     return sa.select(
         sa.select(taken.c.version).scalar_subquery(),

@@ -20,6 +20,7 @@ from sqlalchemy.orm.exc import StaleDataError
 from sqlalchemy.types import TypeDecorator
 
 from .limits import Limits
+from .lookups import Lookups, Row
 from .results import executed, per_dialect
 from .upsert import Upsert, is_empty, telling
 
@@ -29,23 +30,27 @@ _ATTEMPTS = 1000  # of one update_data(), before it gives up
 class Rows:
     """The reads and writes on one table."""
 
-    def __init__(self, table: sa.Table) -> None:
-        """Build the statements that are the same on every database."""
+    def __init__(self, table: sa.Table, expires_after: float | None = None) -> None:
+        """Build the statements that are the same on every database.
+
+        :param expires_after: after how many seconds without a write a conversation reads as absent
+        """
         self.table: sa.Table = table
+        self.lookups: Lookups = Lookups(table, expires_after)
         self.needs_transaction: bool = isinstance(table.c.data.type, TypeDecorator)
         """Whether :meth:`update_data` holds a lock from its read to its write."""
         self.keeps_time: bool = any(each.onupdate is not None for each in table.columns)
         self._dialect = per_dialect(partial(_Dialect, self))
         this_row = table.c.id == sa.bindparam("_row")
-        self._select_state = sa.select(table.c.state).where(this_row)
-        self.select_data: sa.Select[Any] = sa.select(table.c.data).where(this_row)
-        self._select_data_locked = self.select_data.with_for_update()
+        there = sa.and_(this_row, self.lookups.alive)
+        self._select_state = sa.select(table.c.state).where(there)
+        self.select_data: sa.Select[Any] = sa.select(table.c.data).where(there)
+        self._select_data_locked = sa.select(table.c.data).where(this_row).with_for_update()
         self._touch = sa.update(table).where(this_row).values(id=table.c.id)
-        self.unset_state: sa.Update = sa.update(table).where(this_row).values(state=None)
-        self.unset_data: sa.Update = sa.update(table).where(this_row).values(data="")
-        self.replace_data: sa.Update = (
-            sa.update(table).where(this_row).values(data=sa.bindparam("_value"))
-        )
+        update = sa.update(table).where(this_row).values(self.lookups.values)
+        self.unset_state: sa.Update = update.values(state=None)
+        self.unset_data: sa.Update = update.values(data="")
+        self.replace_data: sa.Update = update.values(data=sa.bindparam("_value"))
         self._delete = sa.delete(table).where(this_row)
         self._delete_empty = self._delete.where(table.c.state.is_(None), is_empty(table.c.data))
 
@@ -57,19 +62,21 @@ class Rows:
         """Return the data's text, None or an empty string if there is none."""
         return self._read(connection, self.select_data, row)
 
-    def set_state(self, connection: sa.Connection, row: str, state: str | None) -> None:
+    def set_state(self, connection: sa.Connection, row: Row, state: str | None) -> None:
         """Set the state; None removes it, and the row with it if there is no data."""
         dialect = self._dialect(connection)
-        dialect.limits.check(connection, row, state)
+        dialect.limits.check(connection, row.id, state)
+        self.lookups.sweep(connection, row.columns)
         if state is not None:
             dialect.state.set(connection, row, state)
         else:
             self._unset(connection, dialect.unset_state, row)
 
-    def set_data(self, connection: sa.Connection, row: str, data: str) -> None:
+    def set_data(self, connection: sa.Connection, row: Row, data: str) -> None:
         """Set the data; an empty string removes it, and the row with it if there is no state."""
         dialect = self._dialect(connection)
-        dialect.limits.check(connection, row, data)
+        dialect.limits.check(connection, row.id, data)
+        self.lookups.sweep(connection, row.columns)
         if data:
             dialect.data.set(connection, row, data)
         else:
@@ -81,53 +88,58 @@ class Rows:
         executed(connection, self._delete, {"_row": row})
 
     def update_data(
-        self, connection: sa.Connection, row: str, merge: Callable[[str | None], str]
+        self, connection: sa.Connection, row: Row, merge: Callable[[str | None], str]
     ) -> None:
         """Replace the data by what ``merge`` makes of it: read, then compare-and-set.
 
         :raises StaleDataError: if the row changed under every one of a great many attempts
         """
         dialect = self._dialect(connection)
-        dialect.limits.check(connection, row)
+        dialect.limits.check(connection, row.id)
         if dialect.locks_by_writing:
             # SQLite: a transaction that reads first and writes later fails if another wrote
             # in between; one that begins with a write holds the lock by the time it reads.
-            executed(connection, self._touch, {"_row": row})
+            executed(connection, self._touch, {"_row": row.id})
+        self.lookups.sweep(connection, row.columns)
         if self.needs_transaction:
             self._update_locked(connection, row, merge)
             return
-        old = self._read(connection, self.select_data, row)
+        old = self._read(connection, self.select_data, row.id)
         written = False
         for _ in range(_ATTEMPTS):
             new = merge(old)
             # What is there already was stored by this call (MySQL does not tell) or by its equal.
             # But the time of the last write moves, if the table keeps it.
-            if new == old and (written or not self.keeps_time):
+            if (new or None) == (old or None) and (written or not self.keeps_time or not new):
                 return
             written = True
             if self._compare_and_set(connection, row, old, new):
+                if not new:
+                    executed(connection, self._delete_empty, {"_row": row.id})
                 return
             # Inside a transaction this reads the latest row, whatever the isolation level showed
             # so far, and locks it: the next attempt succeeds.
-            old = self._read(connection, self._select_data_locked, row)
+            old = self._read(connection, self._select_data_locked, row.id)
         raise StaleDataError(
-            f"the data of {row!r} in table {self.table.fullname!r} changed under each of "
+            f"the data of {row.id!r} in table {self.table.fullname!r} changed under each of "
             f"{_ATTEMPTS} attempts to update it: write to this key less often"
         )
 
     def _update_locked(
-        self, connection: sa.Connection, row: str, merge: Callable[[str | None], str]
+        self, connection: sa.Connection, row: Row, merge: Callable[[str | None], str]
     ) -> None:
         # A type that encrypts may write another text each time, which nothing can be compared with.
         dialect = self._dialect(connection)
         for _ in range(_ATTEMPTS):
-            found = executed(connection, self._select_data_locked, {"_row": row})
+            found = executed(connection, self._select_data_locked, {"_row": row.id})
             new = merge(found.scalar())
-            dialect.limits.check(connection, row, new)
+            dialect.limits.check(connection, row.id, new)
             if found.found():
-                executed(connection, self.replace_data, {"_row": row, "_value": new})
+                executed(connection, self.replace_data, row.parameters(_value=new))
+                if not new:
+                    executed(connection, self._delete_empty, {"_row": row.id})
                 return
-            if dialect.data.set_if_empty(connection, row, new):
+            if not new or dialect.data.set_if_empty(connection, row, new):
                 return
 
     def check(self, connection: sa.Connection, row: str, *texts: str | None) -> None:
@@ -141,25 +153,25 @@ class Rows:
         self._dialect(connection).limits.check_text(row)
         return cast("str | None", executed(connection, statement, {"_row": row}).scalar())
 
-    def _unset(self, connection: sa.Connection, statement: sa.Executable, row: str) -> None:
+    def _unset(self, connection: sa.Connection, statement: sa.Executable, row: Row) -> None:
         # First the column, then the row if nothing is left in it. The other way round, two
         # clients that unset one column each would both find the other's, and leave an empty row.
-        result = executed(connection, statement, {"_row": row})
+        result = executed(connection, statement, row.parameters())
         if result.rows is None:
             may_be_empty = result.found()
         else:  # of the other column
             may_be_empty = any(not rest for (rest,) in result.rows)
         if may_be_empty:
-            executed(connection, self._delete_empty, {"_row": row})
+            executed(connection, self._delete_empty, {"_row": row.id})
 
     def _compare_and_set(
-        self, connection: sa.Connection, row: str, old: str | None, new: str
+        self, connection: sa.Connection, row: Row, old: str | None, new: str
     ) -> bool:
         dialect = self._dialect(connection)
-        dialect.limits.check(connection, row, new, old)
+        dialect.limits.check(connection, row.id, new, old)
         if not old:
             return dialect.data.set_if_empty(connection, row, new)
-        parameters = {"_row": row, "_old": dialect.comparable(old), "_value": new}
+        parameters = row.parameters(_old=dialect.comparable(old), _value=new)
         return executed(connection, dialect.compare_and_set, parameters).found()
 
 
@@ -171,8 +183,8 @@ class _Dialect:
         self.limits = Limits(rows.table, dialect)
         self.locks_by_writing = isinstance(dialect, SQLiteDialect)
         self._by_bytes = isinstance(dialect, MySQLDialect)
-        self.state = Upsert(rows.table, "state", dialect)
-        self.data = Upsert(rows.table, "data", dialect)
+        self.state = Upsert(rows.table, "state", rows.lookups.values, dialect)
+        self.data = Upsert(rows.table, "data", rows.lookups.values, dialect)
         self.unset_state: sa.Executable = rows.unset_state
         self.unset_data: sa.Executable = rows.unset_data
         if dialect.update_returning:

@@ -12,6 +12,7 @@ from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.exc import IntegrityError
 
+from .lookups import Row
 from .results import executed
 
 
@@ -57,26 +58,33 @@ def _on_update(table: sa.Table) -> dict[str, Any]:
 class Upsert:
     """Sets one column of the row with a given id, and makes the row where there is none."""
 
-    def __init__(self, table: sa.Table, column: str, dialect: sa.Dialect) -> None:
-        """Build the statements."""
+    def __init__(
+        self, table: sa.Table, column: str, lookups: dict[str, Any], dialect: sa.Dialect
+    ) -> None:
+        """Build the statements.
+
+        :param lookups: what else each write fills in
+        """
         self._always: sa.Insert | None = None
         self._if_empty: sa.Executable | None = None
         # MySQL counts 1 for a row inserted and for one found as it was.
         self._tells = not isinstance(dialect, MySQLDialect)
-        values: dict[str, Any] = {"id": sa.bindparam("_row"), column: sa.bindparam("_value")}
+        values: dict[str, Any] = {column: sa.bindparam("_value"), **lookups}
         # An onupdate that is a function of Python's is called for an UPDATE only.
         self._updates_first = any(
             isinstance(column.onupdate, sa.ColumnDefault) and column.onupdate.is_callable
             for column in table.columns
         )
-        self._insert = sa.insert(table).values(values)
         this_row = table.c.id == sa.bindparam("_row")
-        self._update = sa.update(table).where(this_row).values({column: sa.bindparam("_value")})
+        self._update = sa.update(table).where(this_row).values(values)
+        values = {"id": sa.bindparam("_row"), **values}
+        self._insert = sa.insert(table).values(values)
         self._update_if_empty = self._update.where(is_empty(table.c[column]))
         native = native_insert(dialect)
         if native is not None:
             new = native(table).values(values)
-            changes = {column: new.excluded[column], **_on_update(table)}
+            changes = {name: new.excluded[name] for name in (column, *lookups)}
+            changes |= _on_update(table)
             self._always = new.on_conflict_do_update(index_elements=["id"], set_=changes)
             if_empty = new.on_conflict_do_update(
                 index_elements=["id"], set_=changes, where=is_empty(table.c[column])
@@ -85,14 +93,14 @@ class Upsert:
         elif isinstance(dialect, MySQLDialect):
             row = mysql.insert(table).values(values)
             value, old = row.inserted[column], table.c[column]
-            changes = _on_update(table)
+            changes = {name: row.inserted[name] for name in lookups} | _on_update(table)
             self._always = row.on_duplicate_key_update({column: value, **changes})
             filled = sa.func.if_(is_empty(old), value, old)
             self._if_empty = row.on_duplicate_key_update({column: filled, **changes})
 
-    def set(self, connection: sa.Connection, row: str, value: str) -> None:
+    def set(self, connection: sa.Connection, row: Row, value: str) -> None:
         """Set the column to a value."""
-        parameters = {"_row": row, "_value": value}
+        parameters = row.parameters(_value=value)
         if self._always is not None:
             if not (self._updates_first and _finds(connection, self._update, parameters)):
                 executed(connection, self._always, parameters)
@@ -100,9 +108,9 @@ class Upsert:
             # Lost a race for the first write: now there is a row to update.
             executed(connection, self._update, parameters)
 
-    def set_if_empty(self, connection: sa.Connection, row: str, value: str) -> bool:
+    def set_if_empty(self, connection: sa.Connection, row: Row, value: str) -> bool:
         """Set the column only if it holds nothing so far."""
-        parameters = {"_row": row, "_value": value}
+        parameters = row.parameters(_value=value)
         if self._if_empty is None:
             return self._update_or_insert(connection, self._update_if_empty, parameters)
         if self._updates_first and _finds(connection, self._update_if_empty, parameters):

@@ -1,0 +1,229 @@
+"""Statements on many conversations: pages of them, numbers, and changes of a batch at a time.
+
+Each change says again which rows it is for, so that what others have written since the rows were
+found is left alone. For ``conversations.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import Connection, Table
+from sqlalchemy.exc import IntegrityError
+
+from .clock import Clock
+from .results import executed
+from .rows import Rows
+
+_ESCAPE = "\\"
+
+
+@dataclass(frozen=True)
+class Where:
+    """Which rows to find."""
+
+    fields: dict[str, Any] = field(default_factory=dict)
+    """What columns hold, by their names."""
+    states: Sequence[str] | None = None
+    """The states to be in, None for any."""
+    idle_for: float | None = None
+    """Seconds without a write to any row of the conversation."""
+
+
+class Conversations:
+    """Finds, counts and changes the rows of many conversations."""
+
+    def __init__(self, rows: Rows) -> None:
+        """Remember the table."""
+        self.table: Table = rows.table
+        self._alive = rows.lookups.alive
+        columns = self.table.c
+        self._is_empty = sa.and_(
+            columns.state.is_(None), sa.or_(columns.data.is_(None), columns.data == "")
+        )
+
+    def page(
+        self, connection: Connection, where: Where, after: Any, limit: int
+    ) -> Sequence[Sequence[Any]]:
+        """Return the rows that come after another one, in an order that an index has.
+
+        :param after: the last row of the page before, None for the first page
+        """
+        columns = self.table.c
+        order: list[sa.Column[Any]] = [columns.id]
+        # By time where that is all that is asked for: the oldest are at one end of its index.
+        if where.idle_for is not None and where.states is None:
+            order = [columns.written_at, columns.id]
+        statement = sa.select(self.table).where(*self._own(where), *self._others(where))
+        if after is not None:
+            last = [sa.literal(getattr(after, column.name), column.type) for column in order]
+            statement = statement.where(
+                columns.id > last[0] if len(order) == 1 else sa.tuple_(*order) > sa.tuple_(*last)
+            )
+        return executed(connection, statement.order_by(*order).limit(limit), {}).rows or ()
+
+    def page_to_delete(self, connection: Connection, where: Where, limit: int) -> Sequence[Any]:
+        """Return some rows in no order, expired ones included: the next are others, once deleted."""
+        statement = sa.select(self.table.c.id).where(*self._own(where), *self._idle(where))
+        return executed(connection, statement.limit(limit), {}).rows or ()
+
+    def there(self, connection: Connection, ids: Sequence[str]) -> set[str]:
+        """Return the ids of those rows that are there."""
+        statement = sa.select(self.table.c.id).where(self.table.c.id.in_(ids))
+        return {id for (id,) in executed(connection, statement, {}).rows or ()}
+
+    def count(self, connection: Connection, where: Where) -> dict[str | None, int]:
+        """Return how many rows there are in each state."""
+        state = self.table.c.state
+        statement = sa.select(state, sa.func.count()).group_by(state)
+        statement = statement.where(*self._own(where), *self._others(where))
+        return {name: number for name, number in executed(connection, statement, {}).rows or ()}
+
+    def set_state(
+        self, connection: Connection, where: Where, ids: Sequence[str], state: str | None
+    ) -> int:
+        """Set the state of rows that are still to be found.
+
+        :return: how many there were
+        """
+        statement = sa.update(self.table).where(*self._still(where, ids)).values(state=state)
+        changed = executed(connection, statement, {}).changed
+        if state is None:
+            empty = sa.delete(self.table).where(self.table.c.id.in_(ids), self._is_empty)
+            executed(connection, empty, {})
+        return changed
+
+    def rename_state(
+        self, connection: Connection, ids: Sequence[str], old: str, new: str, *, is_group: bool
+    ) -> int:
+        """Rename the state, or the group of the state, of rows that are still in it.
+
+        :return: how many there were
+        """
+        state = self.table.c.state
+        value: Any = new
+        if is_group:
+            rest = sa.func.substr(state, len(old) + 1, type_=sa.String)
+            value = sa.literal(new, sa.String).concat(rest)
+        statement = sa.update(self.table).where(
+            self.table.c.id.in_(ids), _is_in(state, old, is_group)
+        )
+        return executed(connection, statement.values(state=value), {}).changed
+
+    def in_state(
+        self, connection: Connection, name: str, after: str, limit: int, *, is_group: bool
+    ) -> list[str]:
+        """Return the ids of some rows in a state, or in a group of states, in their order."""
+        columns = self.table.c
+        statement = sa.select(columns.id).where(
+            columns.id > after, _is_in(columns.state, name, is_group)
+        )
+        found = executed(connection, statement.order_by(columns.id).limit(limit), {})
+        return [id for (id,) in found.rows or ()]
+
+    def with_states_in_data(
+        self, connection: Connection, after: str, limit: int
+    ) -> Sequence[tuple[str, str | None]]:
+        """Return ids and data of rows of scenes' histories and of dialogs, and lock them."""
+        columns = self.table.c
+        statement = (
+            sa.select(columns.id, columns.data)
+            .where(
+                columns.id > after,
+                sa.or_(columns.destiny == "scenes_history", columns.destiny.like("aiogd:%")),
+            )
+            .order_by(columns.id)
+            .limit(limit)
+            .with_for_update()
+        )
+        return [(id, data) for id, data in executed(connection, statement, {}).rows or ()]
+
+    def set_data(self, connection: Connection, id: str, data: str) -> None:
+        """Replace the data of a row that is locked."""
+        statement = sa.update(self.table).where(self.table.c.id == id).values(data=data)
+        executed(connection, statement, {})
+
+    def delete(self, connection: Connection, where: Where, ids: Sequence[str]) -> int:
+        """Delete rows that are still to be found.
+
+        :return: how many there were
+        """
+        statement = sa.delete(self.table).where(*self._still(where, ids))
+        return executed(connection, statement, {}).changed
+
+    def delete_conversations(self, connection: Connection, names: Sequence[str]) -> None:
+        """Delete all rows of conversations."""
+        statement = sa.delete(self.table).where(self.table.c.conversation.in_(names))
+        executed(connection, statement, {})
+
+    def unfilled(self, connection: Connection, after: str, limit: int) -> list[str]:
+        """Return the ids of some rows whose columns have not been filled, in their order."""
+        columns = self.table.c
+        statement = sa.select(columns.id).where(columns.conversation.is_(None), columns.id > after)
+        found = executed(connection, statement.order_by(columns.id).limit(limit), {})
+        return [id for (id,) in found.rows or ()]
+
+    def fill(self, connection: Connection, id: str, values: dict[str, Any]) -> None:
+        """Fill the columns of a row, which is not written to: its time stays."""
+        columns = self.table.c
+        statement = sa.update(self.table).where(columns.id == id, columns.conversation.is_(None))
+        executed(connection, statement.values(**values, written_at=columns.written_at), {})
+
+    def move(self, connection: Connection, id: str, to: str, values: dict[str, Any]) -> bool:
+        """Give a row another id, and the columns that belong to it, unless that id is taken.
+
+        :return: whether it was free; otherwise the row is deleted, and what is there stays
+        """
+        columns = self.table.c
+        values = {**values, "id": to, "written_at": columns.written_at}
+        try:
+            with connection.begin_nested():
+                statement = sa.update(self.table).where(columns.id == id).values(values)
+                executed(connection, statement, {})
+            return True
+        except IntegrityError:
+            executed(connection, sa.delete(self.table).where(columns.id == id), {})
+            return False
+
+    def _own(self, where: Where) -> list[sa.ColumnElement[bool]]:
+        """Return the conditions on the row itself, which hold when it is written, too."""
+        columns = self.table.c
+        conditions = [columns[name] == value for name, value in where.fields.items()]
+        if where.states is not None:
+            conditions.append(columns.state.in_(where.states))
+        if where.idle_for is not None:
+            conditions.append(columns.written_at <= Clock() - where.idle_for)
+        return conditions
+
+    def _others(self, where: Where) -> list[sa.ColumnElement[bool]]:
+        """Return the conditions on the other rows of the conversation."""
+        alive = [] if self._alive is sa.true() else [self._alive]
+        return [*alive, *self._idle(where)]
+
+    def _idle(self, where: Where) -> list[sa.ColumnElement[bool]]:
+        if where.idle_for is None:
+            return []
+        newer = self.table.alias("newer")
+        since = Clock() - where.idle_for
+        is_newer = sa.or_(newer.c.written_at > since, newer.c.written_at.is_(None))
+        of_this = newer.c.conversation == self.table.c.conversation
+        return [~sa.exists(sa.select(newer.c.id).where(of_this, is_newer))]
+
+    def _still(self, where: Where, ids: Sequence[str]) -> list[sa.ColumnElement[bool]]:
+        columns = self.table.c
+        conditions = [columns.id.in_(ids), *self._own(where)]
+        others = self._idle(where)
+        if others:  # from a copy: MySQL does not write to a table that it reads
+            found = sa.select(columns.id).where(columns.id.in_(ids), *others).subquery("found")
+            conditions.append(columns.id.in_(sa.select(found.c.id)))
+        return conditions
+
+
+def _is_in(state: sa.Column[Any], name: str, is_group: bool) -> sa.ColumnElement[bool]:
+    if not is_group:
+        return state == name
+    escaped = name.replace(_ESCAPE, 2 * _ESCAPE).replace("%", r"\%").replace("_", r"\_")
+    return state.like(f"{escaped}:%", escape=_ESCAPE)
