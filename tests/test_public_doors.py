@@ -42,6 +42,7 @@ ORDER = [
     "_arguments",
     "_codec",
     "keys",
+    "_default_keys",
     "model",
     "operations",
     "_leases",
