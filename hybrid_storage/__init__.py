@@ -2,16 +2,20 @@
 
 from ._codec import CorruptDataError
 from ._unit import LockLostError
+from .columns import ConversationColumns, state_index
+from .conversations import Operations
+from .finding import Conversation
 from .isolation import SQLAlchemyEventIsolation
 from .keys import FullKeyBuilder
 from .middlewares import FlushMiddleware, SessionMiddleware
 from .model import FSMData, declare_lock_table, declare_model
-from .operations import Operations
 from .storage import SQLAlchemyStorage
 
 __version__ = "1.0.0"
 
 __all__ = [
+    "Conversation",
+    "ConversationColumns",
     "CorruptDataError",
     "FSMData",
     "FlushMiddleware",
@@ -24,4 +28,5 @@ __all__ = [
     "__version__",
     "declare_lock_table",
     "declare_model",
+    "state_index",
 ]

@@ -1,325 +1,160 @@
-"""Which conversations to find, and what to do with a batch of them. For ``steering.py``.
+"""See and steer conversations in a session of the caller's, for synchronous code.
 
-Needs the columns of ``columns.py``.
+``steering.py`` has the same for asynchronous code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, TypeAlias, TypedDict
+from typing import Any
 
-from aiogram.fsm.state import State, StatesGroup
-from aiogram.fsm.storage.base import DEFAULT_DESTINY, StateType, StorageKey
+from aiogram.fsm.state import StatesGroup
+from aiogram.fsm.storage.base import StateType, StorageKey
 from sqlalchemy import Connection
+from typing_extensions import Unpack
 
-from ._arguments import NO_COLUMNS, check_seconds
-from ._codec import Codec, CorruptDataError
-from ._sql.conversations import Conversations, Where
-from ._sql.lookups import FIELDS, has_columns
-from ._sql.rows import Rows
-from .columns import key_of, values_of
-from .keys import FullKeyBuilder
+from ._steps import Batch, Step, Steps
+from .finding import Conversation, Filters
+from .operations import AnySync, Calls, ConversationOperations, run
 
-OneOrMoreStates: TypeAlias = "State | str | type[StatesGroup] | Sequence[State | str]"
-
-PAGE = 500  # rows that are read, or changed, at a time
+Parse = Callable[[str], StorageKey]
 
 
-class Filters(TypedDict, total=False):
-    """Which conversations to find. All that is given must hold."""
+class Operations(ConversationOperations):
+    """The storage's operations on one conversation and on many, in a session of the caller's.
 
-    bot_id: int
-    chat_id: int
-    user_id: int
-    thread_id: int | None
-    """None finds those outside of topics."""
-    business_connection_id: str | None
-    destiny: str | None
-    """By default ``"default"``, a conversation's main row; None finds the rows of all destinies."""
-    state: OneOrMoreStates
-    """A state, a group with the groups in it, or several states."""
-    idle_for: float
-    """Seconds in which nothing of the conversation was written, by the database's clock."""
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """A conversation that was found."""
-
-    key: StorageKey
-    state: str | None
-    written_at: datetime | None
-    """When the row was last written to; None if that is not known."""
-    text: str | None
-    """The data as JSON text."""
-    _codec: Codec
-
-    @property
-    def data(self) -> dict[str, Any]:
-        """The data.
-
-        :raises CorruptDataError: if it is not the JSON text of an object
-        """
-        return self._codec.load(self.key, self.text)
-
-
-class ConversationCalls:
-    """Makes functions of a connection out of filters and names of states."""
-
-    def __init__(self, rows: Rows, codec: Codec, expires_after: float | None) -> None:
-        """Remember what to use."""
-        self._table = rows.table
-        self._sql = Conversations(rows)
-        self._codec = codec
-        self._expires_after = expires_after
-
-    def where(self, what: str, filters: Filters, *, is_change: bool = False) -> Where:
-        """Return what to find.
-
-        :raises TypeError: if a filter is not known, or of the wrong kind
-        :raises ValueError: if the table lacks the columns, or a change is to be of everything
-        """
-        self.check(what)
-        known = {*FIELDS, "state", "idle_for"}
-        for name in filters:
-            if name not in known:
-                raise TypeError(f"{what}() finds by {', '.join(sorted(known))}, not by {name!r}")
-        if is_change and not filters:
-            raise ValueError(f"{what}() without a filter would change every conversation: name one")
-        fields = {name: filters[name] for name in FIELDS if name in filters}  # type: ignore[literal-required]
-        if fields.setdefault("destiny", DEFAULT_DESTINY) is None:
-            del fields["destiny"]
-        if "idle_for" in filters:
-            check_seconds(idle_for=filters["idle_for"])
-        states = _names(filters["state"]) if "state" in filters else None
-        return Where(fields, states, filters.get("idle_for"))
-
-    def check(self, what: str) -> None:
-        """Refuse what needs the columns, on a table that lacks them.
-
-        :raises ValueError: naming the table, and what to do
-        """
-        if not has_columns(self._table):
-            raise ValueError(NO_COLUMNS.format(f"{what}()", self._table.fullname))
-
-    def found(self, rows: Sequence[Any]) -> list[Conversation]:
-        """Return conversations of rows, without those whose columns have not been filled."""
-        found = []
-        for row in rows:
-            key, time = key_of(row), row.written_at
-            if key is not None:
-                at = None if time is None else datetime.fromtimestamp(time, timezone.utc)
-                found.append(Conversation(key, row.state, at, row.data, self._codec))
-        return found
-
-    def page(self, connection: Connection, where: Where, after: Any) -> Sequence[Any]:
-        """Return the next rows."""
-        return self._sql.page(connection, where, after, PAGE)
-
-    def count(self, connection: Connection, where: Where) -> dict[str | None, int]:
-        """Return how many rows there are in each state."""
-        return self._sql.count(connection, where)
-
-    def changing_states(self, state: StateType, filters: Filters) -> Step:
-        """Return the step that sets the state of some rows."""
-        where, name = self.where("change_states", filters, is_change=True), self._codec.state(state)
-
-        def step(after: Any, connection: Connection) -> Batch:
-            rows = self._page(connection, where, after)
-            ids = [row.id for row in rows]
-            return Batch(rows, self._sql.set_state(connection, where, ids, name) if ids else 0)
-
-        return step
-
-    def clearing(self, filters: Filters) -> Step:
-        """Return the step that deletes some conversations, with all their rows."""
-        where = self.where("clear_all", filters, is_change=True)
-
-        def step(after: Any, connection: Connection) -> Batch:
-            rows = self._page(connection, where, after)
-            if not rows:
-                return Batch(rows, 0)
-            ids = [row.id for row in rows]
-            changed = self._sql.delete(connection, where, ids)
-            left = self._sql.there(connection, ids)  # changed by others meanwhile
-            gone = {row.conversation for row in rows if row.id not in left} - {None}
-            self._sql.delete_conversations(connection, sorted(gone))
-            return Batch(rows, changed)
-
-        return step
-
-    def renaming(self, old: object, new: object, is_group: bool) -> list[Step]:
-        """Return the steps that rename the state of some rows, and in the data of some."""
-        self.check("rename_state")
-        before, after_, of_groups = names_of(old, new)
-        names = before, after_, is_group or of_groups
-        return [partial(self._rename, *names), partial(self._rename_in_data, *names)]
-
-    def forgetting(self, user_id: int, bot_id: int | None) -> Step:
-        """Return the step that deletes some rows of a user's."""
-        return partial(self._delete, self._of("forget_user", user_id=user_id, bot_id=bot_id))
-
-    def purging(self) -> Step:
-        """Return the step that deletes some rows that have expired."""
-        self.check("purge")
-        if self._expires_after is None:
-            raise ValueError(
-                "purge() deletes what has expired, and this storage's conversations do not: pass "
-                "expires_after to it, or call clear_all(idle_for=...)"
-            )
-        expired = Where(idle_for=self._expires_after)
-        return partial(self._delete, expired)
-
-    def moving(self, old: int, new: int, bot_id: int | None) -> Step:
-        """Return the step that gives some rows of a chat its new id."""
-        where = self._of("move_chat", chat_id=old, bot_id=bot_id)
-        if not isinstance(new, int) or new == old:
-            raise ValueError(
-                f"move_chat() takes two different ids of a chat, not {old!r} and {new!r}"
-            )
-
-        def step(after: Any, connection: Connection) -> Batch:
-            rows = self._page(connection, where, after)
-            moved = 0
-            for row in rows:
-                key = key_of(row)
-                assert key is not None  # found by its chat
-                # With FSMStrategy.CHAT, the chat stands in the user's place.
-                user_id = new if key.user_id == old else key.user_id
-                key = replace(key, chat_id=new, user_id=user_id)
-                values = values_of(key, self._codec.conversation(key))
-                moved += self._sql.move(connection, row.id, self._codec.row(key), values)
-            return Batch(rows, moved)
-
-        return step
-
-    def filling(self, parse: Callable[[str], StorageKey] | None) -> Step:
-        """Return the step that fills the columns of some rows."""
-        self.check("fill_columns")
-        parse = parse or FullKeyBuilder().parse
-
-        def step(after: Any, connection: Connection) -> Batch:
-            ids = self._sql.unfilled(connection, after or "", PAGE)
-            filled = 0
-            for id in ids:
-                try:
-                    key = parse(id)
-                except ValueError:
-                    continue  # another key builder's; left as it is, and told by the number
-                self._sql.fill(connection, id, values_of(key, self._codec.conversation(key)))
-                filled += 1
-            return Batch(ids, filled)
-
-        return step
-
-    def _of(self, what: str, *, bot_id: int | None, **fields: int) -> Where:
-        self.check(what)
-        if bot_id is not None:
-            fields["bot_id"] = bot_id
-        for name, value in fields.items():
-            if not isinstance(value, int):
-                raise TypeError(f"{what}() takes a number as {name}, not {value!r}")
-        return Where(fields)
-
-    def _page(self, connection: Connection, where: Where, after: Any) -> Sequence[Any]:
-        return self._sql.page(connection, where, after, PAGE)
-
-    def _delete(self, where: Where, after: Any, connection: Connection) -> Batch:
-        rows = self._sql.page_to_delete(connection, where, PAGE)
-        ids = [row.id for row in rows]
-        return Batch(rows, self._sql.delete(connection, where, ids) if ids else 0)
-
-    def _rename(
-        self, old: str, new: str, is_group: bool, after: Any, connection: Connection
-    ) -> Batch:
-        ids = self._sql.in_state(connection, old, after or "", PAGE, is_group=is_group)
-        changed = 0
-        if ids:
-            changed = self._sql.rename_state(connection, ids, old, new, is_group=is_group)
-        return Batch(ids, changed)
-
-    def _rename_in_data(
-        self, old: str, new: str, is_group: bool, after: Any, connection: Connection
-    ) -> Batch:
-        rows = self._sql.with_states_in_data(connection, after or "", PAGE)
-        changed = 0
-        for id, text in rows:
-            try:
-                data = self._codec.load(id, text)
-            except CorruptDataError:
-                continue  # whoever reads it is told
-            if _renames(data, old, new, is_group):
-                self._sql.set_data(connection, id, self._codec.dump(data))
-                changed += 1
-        return Batch([id for id, _ in rows], changed)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What was looked at, and how many of it were changed."""
-
-    rows: Sequence[Any]
-    changed: int
-
-
-Step: TypeAlias = Callable[[Any, Connection], Batch]
-"""Does one batch. Gets the last row of the batch before, None for the first."""
-
-
-def names_of(old: object, new: object) -> tuple[str, str, bool]:
-    """Return two names, and whether they are of groups.
-
-    :raises TypeError: if they are not both states, or both groups
+    No operation commits, rolls back or flushes.
     """
-    kinds = [isinstance(each, type) and issubclass(each, StatesGroup) for each in (old, new)]
-    if any(kinds):
-        names = [
-            each.__full_group_name__ if kind else each  # type: ignore[attr-defined]
-            for kind, each in zip(kinds, (old, new), strict=True)
-        ]
-        is_group = True
-    else:
-        names = [each.state if isinstance(each, State) else each for each in (old, new)]
-        is_group = False
-    if not all(isinstance(name, str) and name for name in names):
-        raise TypeError(
-            f"rename_state() takes two states, two groups or their names, not {old!r} and {new!r}"
+
+    def __init__(self, calls: Calls, steps: Steps) -> None:
+        super().__init__(calls)
+        self._steps = steps
+
+    def find(self, session: AnySync, **filters: Unpack[Filters]) -> Iterator[Conversation]:
+        """Find conversations, a page at a time, in the order of their ids.
+
+        With ``idle_for`` and without a state, those come first that have been idle for longest.
+
+        :param session: the session to read in
+        :param filters: see :class:`Filters`
+        :raises ValueError: if the table lacks the columns to look by
+        :return: the conversations
+        """
+        where, after = self._steps.where("find", filters), None
+        while rows := self._read(session, partial(self._steps.page, where=where, after=after)):
+            yield from self._steps.found(rows)
+            after = rows[-1]
+
+    def count(self, session: AnySync, **filters: Unpack[Filters]) -> int:
+        """Count conversations.
+
+        :param session: the session to read in
+        :param filters: see :class:`Filters`
+        """
+        return sum(self.count_by_state(session, **filters).values())
+
+    def count_by_state(self, session: AnySync, **filters: Unpack[Filters]) -> dict[str | None, int]:
+        """Count conversations by state.
+
+        :param session: the session to read in
+        :param filters: see :class:`Filters`
+        :return: the numbers by the state's name; None stands for no state
+        """
+        where = self._steps.where("count", filters)
+        numbers: dict[str | None, int] = self._read(
+            session, partial(self._steps.count, where=where)
         )
-    return names[0], names[1], is_group
+        return numbers
 
+    def change_states(
+        self, session: AnySync, state: StateType, /, **filters: Unpack[Filters]
+    ) -> int:
+        """Set the state of conversations.
 
-def _names(states: object) -> list[str]:
-    if isinstance(states, type) and issubclass(states, StatesGroup):
-        return list(states.__all_states_names__)
-    if isinstance(states, (State, str)):
-        states = [states]
-    if not isinstance(states, Sequence):
-        raise TypeError(f"state is a State, a StatesGroup, a name or several, not {states!r}")
-    names = [each.state if isinstance(each, State) else each for each in states]
-    if not all(isinstance(name, str) for name in names):
-        raise TypeError(f"state is a State, a StatesGroup, a name or several, not {states!r}")
-    return [str(name) for name in names]
+        :param session: the session to write in
+        :param state: the new state; None removes it
+        :param filters: see :class:`Filters`; at least one
+        :return: how many were changed
+        """
+        return self._all(session, self._steps.changing_states(state, filters))
 
+    def clear_all(self, session: AnySync, **filters: Unpack[Filters]) -> int:
+        """Remove conversations: state, data, the history of scenes, and dialogs.
 
-def _renames(data: Any, old: str, new: str, is_group: bool) -> bool:
-    """Rename the state in data of scenes or of a dialog, and tell whether it was there."""
-    if not isinstance(data, dict):
-        return False
-    history = data.get("history")
-    entries = [data, *(history if isinstance(history, list) else [])]
-    changed = False
-    for entry in entries:
-        state = entry.get("state") if isinstance(entry, dict) else None
-        if not isinstance(state, str):
-            continue
-        if state == old and not is_group:
-            entry["state"] = new
-        elif is_group and state.startswith(f"{old}:"):
-            entry["state"] = new + state[len(old) :]
-        else:
-            continue
-        changed = True
-    return changed
+        :param session: the session to write in
+        :param filters: see :class:`Filters`; at least one
+        :return: how many were removed
+        """
+        return self._all(session, self._steps.clearing(filters))
+
+    def rename_state(
+        self,
+        session: AnySync,
+        old: StateType | type[StatesGroup],
+        new: StateType | type[StatesGroup],
+        *,
+        is_group: bool = False,
+    ) -> int:
+        """Rename a state or a group, in the history of scenes and in dialogs, too.
+
+        :param session: the session to write in
+        :param old: the state or the group, or its name, such as it is in the table
+        :param new: the new one
+        :param is_group: whether names are those of groups
+        :return: how many rows were changed
+        """
+        return sum(self._all(session, step) for step in self._steps.renaming(old, new, is_group))
+
+    def forget_user(self, session: AnySync, user_id: int, *, bot_id: int | None = None) -> int:
+        """Delete all that is known of a user: in all chats, with scenes and dialogs.
+
+        :param session: the session to write in
+        :param user_id: the user's id
+        :param bot_id: the bot; all bots by default
+        :return: how many rows were deleted
+        """
+        return self._all(session, self._steps.forgetting(user_id, bot_id))
+
+    def move_chat(self, session: AnySync, old: int, new: int, *, bot_id: int | None = None) -> int:
+        """Give the conversations of a chat its new id, after a group became a supergroup.
+
+        What is in the new chat already stays, and takes the place of what was in the old one.
+
+        :param session: the session to write in
+        :param old: the chat's id so far
+        :param new: the chat's new id
+        :param bot_id: the bot; all bots by default
+        :return: how many rows were moved
+        """
+        return self._all(session, self._steps.moving(old, new, bot_id))
+
+    def purge(self, session: AnySync) -> int:
+        """Delete the conversations that have expired.
+
+        :param session: the session to write in
+        :raises ValueError: if the storage has no ``expires_after``
+        :return: how many rows were deleted
+        """
+        return self._all(session, self._steps.purging())
+
+    def fill_columns(self, session: AnySync, parse: Parse | None = None) -> int:
+        """Fill the columns to look by in rows that were there before the columns.
+
+        :param session: the session to write in
+        :param parse: makes a key of a row's id; by default that of :class:`FullKeyBuilder`
+        :return: how many rows were filled; those that cannot be parsed are left as they are
+        """
+        return self._all(session, self._steps.filling(parse))
+
+    def _read(self, session: AnySync, function: Callable[[Connection], Any]) -> Any:
+        return run(session, self._calls.reading("conversations", function))
+
+    def _all(self, session: AnySync, step: Step) -> int:
+        changed, after = 0, None
+        while True:
+            batch: Batch = run(session, self._calls.writing("conversations", partial(step, after)))
+            changed += batch.changed
+            if not batch.rows:
+                return changed
+            after = batch.rows[-1]

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from aiogram.fsm.storage.base import DEFAULT_DESTINY, KeyBuilder, StorageKey
+
+_NUMBER = "-?[0-9]+"
+_BUILT = re.compile(
+    f"({_NUMBER}):({_NUMBER}):({_NUMBER})(?::thread_id=({_NUMBER}))?"
+    "(?::business_connection_id=([^:]*))?(?::destiny=([^:]*))?"
+)
 
 
 class FullKeyBuilder(KeyBuilder):
@@ -40,7 +47,48 @@ class FullKeyBuilder(KeyBuilder):
             built += f":destiny={_escape(key.destiny)}"
         return built if part is None else f"{built}:part={part}"
 
+    def parse(self, text: str) -> StorageKey:
+        """Return the key that a string was built of, the inverse of :meth:`build`.
+
+        :param text: what :meth:`build` has returned for a key without a part
+        :raises ValueError: if it was not built by this key builder
+        :return: the key
+        """
+        match = _BUILT.fullmatch(text)
+        if match is None:
+            raise ValueError(
+                f"{text!r} was not built by FullKeyBuilder: it does not have the form bot:chat:user"
+                "[:thread_id=...][:business_connection_id=...][:destiny=...]. Parse it with the "
+                "key builder that has built it"
+            )
+        bot_id, chat_id, user_id, thread_id, business_connection_id, destiny = match.groups()
+        key = StorageKey(
+            bot_id=int(bot_id),
+            chat_id=int(chat_id),
+            user_id=int(user_id),
+            thread_id=None if thread_id is None else int(thread_id),
+            business_connection_id=(
+                None if business_connection_id is None else _unescape(text, business_connection_id)
+            ),
+            destiny=DEFAULT_DESTINY if destiny is None else _unescape(text, destiny),
+        )
+        built = self.build(key)
+        if built != text:
+            raise ValueError(
+                f"{text!r} was not built by FullKeyBuilder, which writes {built!r} for that key"
+            )
+        return key
+
 
 def _escape(text: str) -> str:
     # A lone surrogate has no UTF-8 form; it still has to give a string of its own.
     return quote(text, safe="", errors="surrogatepass")
+
+
+def _unescape(text: str, escaped: str) -> str:
+    try:
+        return unquote(escaped, errors="surrogatepass")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{text!r} was not built by FullKeyBuilder: {escaped!r} is not percent-encoded UTF-8"
+        ) from error

@@ -4,7 +4,7 @@ This is the storage's whole behaviour; the rest only decides how a call reaches 
 
 * ``Calls`` (here) turns a key, a state or data into text, and picks the function of ``_sql/`` that
   says it to the database,
-* ``Operations`` (here) runs these calls in a session of the application's,
+* ``ConversationOperations`` (here) runs these calls in a session of the application's,
 * ``storage.py`` has the same calls run for aiogram, on connections of its own,
 * ``_engine/runner.py`` carries them there: in a thread or in a greenlet.
 
@@ -153,7 +153,7 @@ class Calls:
         )
 
 
-class Operations:
+class ConversationOperations:
     """Reads and writes the state of conversations in a session of the caller's.
 
     No operation commits, rolls back or flushes; the writes become visible to others when the
@@ -180,7 +180,7 @@ class Operations:
         :param key: the conversation's key
         :param state: the state or its name; None removes it
         """
-        _run(session, self._calls.set_state(key, state))
+        run(session, self._calls.set_state(key, state))
 
     def get_data(self, session: AnySync, key: StorageKey) -> dict[str, Any]:
         """Return the data of a conversation.
@@ -198,7 +198,7 @@ class Operations:
         :param key: the conversation's key
         :param data: the new data; an empty one removes it
         """
-        _run(session, self._calls.set_data(key, data))
+        run(session, self._calls.set_data(key, data))
 
     @overload
     def get_value(self, session: AnySync, key: StorageKey, name: str) -> Any | None: ...
@@ -253,7 +253,7 @@ class Operations:
         :param session: the session to write in
         :param key: the conversation's key
         """
-        _run(session, self._calls.clear(key))
+        run(session, self._calls.clear(key))
 
 
 def without(*names: str) -> Change:

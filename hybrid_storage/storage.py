@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Generic, cast
 
 from aiogram.fsm.storage.base import BaseStorage, KeyBuilder, StateType, StorageKey
@@ -21,17 +21,16 @@ from ._arguments import (
 )
 from ._codec import Codec, JsonDumps, JsonLoads
 from ._engine.access import Access
-from ._engine.calls import Call
 from ._engine.factories import SessionFactory, engine_and_factory, session_factory
 from ._engine.runner import Runner
 from ._engine.threads import run_in_thread
 from ._sql.rows import Rows
-from ._unit import UnitClosed
-from .conversations import ConversationCalls
+from ._steps import Steps
+from .conversations import Operations
 from .keys import FullKeyBuilder
 from .model import FSMData, HasMetaData, model_for, table_of
 from .operations import Calls
-from .steering import ConversationOperations, Steering
+from .steering import Steering
 from .transactions import S
 from .unit_of_work import UnitsOfWork
 
@@ -59,7 +58,7 @@ class SQLAlchemyStorage(Steering[S], BaseStorage, Generic[S, M]):
     """The model's table."""
     metadata: MetaData
     """The table's metadata."""
-    operations: ConversationOperations
+    operations: Operations
     """The same operations for a session of your own, without ``await``."""
 
     def __init__(
@@ -129,8 +128,8 @@ class SQLAlchemyStorage(Steering[S], BaseStorage, Generic[S, M]):
         check_columns(self.table, expires_after)
         self._rows = Rows(self.table, expires_after)
         self._calls = Calls(self.model, self._rows, codec)
-        self._steps = ConversationCalls(self._rows, codec, expires_after)
-        self.operations = ConversationOperations(self._calls, self._steps)
+        self._steps = Steps(self._rows, codec, expires_after)
+        self.operations = Operations(self._calls, self._steps)
         bind_arguments = self._calls.bind_arguments
         runner = Runner(*session_factory(factory), bind_arguments, limiter, context)
         access = Access(runner, retry_for, slow_after)
@@ -253,12 +252,3 @@ class SQLAlchemyStorage(Steering[S], BaseStorage, Generic[S, M]):
         :param key: the conversation's key
         """
         await self._execute(key, self._calls.clear(key))
-
-    async def _execute(self, key: StorageKey, call: Call[T]) -> T:
-        unit = self.units.find(key)
-        if unit is not None:
-            with suppress(UnitClosed):
-                result = await unit.execute(call)
-                self.units.remember(key)
-                return result
-        return await self._access.execute(call)

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from typing import TypeVar
+
+from aiogram.fsm.storage.base import StorageKey
 from sqlalchemy import Table
 
 from ._codec import Codec
+from ._engine.calls import Call
 from ._engine.retries import logger
 from ._sql.driver import DriverStatements
 from ._sql.leases import Leases
 from ._sql.results import executed
 from ._sql.rows import Rows
 from ._sql.units import Units
+from ._unit import UnitClosed
 from .isolation import SQLAlchemyEventIsolation
 from .model import FSMData, declare_lock_table
 from .tables import Tables
 from .transactions import S
+
+T = TypeVar("T")
 
 
 class Updates(Tables[S]):
@@ -84,3 +92,12 @@ class Updates(Tables[S]):
         :raises LockLostError: if the lock was lost; nothing is written
         """
         await self.units.write()
+
+    async def _execute(self, key: StorageKey, call: Call[T]) -> T:
+        unit = self.units.find(key)
+        if unit is not None:
+            with suppress(UnitClosed):
+                result = await unit.execute(call)
+                self.units.remember(key)
+                return result
+        return await self._access.execute(call)

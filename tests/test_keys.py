@@ -21,6 +21,7 @@ PARTS: tuple[Part | None, ...] = (None, "data", "state", "lock")
 PLAIN = StorageKey(bot_id=42, chat_id=7, user_id=7)
 
 build = FullKeyBuilder().build
+parse_built = FullKeyBuilder().parse
 
 
 # Examples
@@ -193,6 +194,51 @@ def test_the_key_and_the_part_can_be_read_from_the_string(
     key: StorageKey, part: Part | None
 ) -> None:
     assert parse(build(key, part)) == (key, part)
+
+
+@settings(deadline=None, max_examples=300)
+@given(keys)
+@example(StorageKey(bot_id=42, chat_id=7, user_id=7, destiny="\ud83d\ude00"))
+@example(StorageKey(bot_id=42, chat_id=7, user_id=7, business_connection_id="", destiny=""))
+def test_the_key_builder_parses_what_it_has_built(key: StorageKey) -> None:
+    assert parse_built(build(key)) == key
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.lists(st.sampled_from(FRAGMENTS), max_size=6).map("".join), st.sampled_from(["", "1:2:3"])
+)
+def test_what_can_be_parsed_was_built(text: str, start: str) -> None:
+    try:
+        key = parse_built(start + text)
+    except ValueError:
+        return
+    assert build(key) == start + text
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "does not have the form bot:chat:user"),
+        ("42:7", "does not have the form bot:chat:user"),
+        ("fsm:42:7:7", "does not have the form bot:chat:user"),
+        ("42:7:7:part=state", "does not have the form bot:chat:user"),
+        ("42:7:7:destiny=a:b", "does not have the form bot:chat:user"),
+        ("42:7:7:destiny=d:thread_id=5", "does not have the form bot:chat:user"),
+        ("42:7:7\n", "does not have the form bot:chat:user"),
+        ("42:7:\u0667", "does not have the form bot:chat:user"),
+        ("42:07:7", "writes '42:7:7' for that key"),
+        ("42:-0:7", "writes '42:0:7' for that key"),
+        ("42:7:7:destiny=default", "writes '42:7:7' for that key"),
+        ("42:7:7:destiny=a b", "writes '42:7:7:destiny=a%20b' for that key"),
+        ("42:7:7:destiny=%3c", "writes '42:7:7:destiny=%3C' for that key"),
+        ("42:7:7:destiny=%FF", "'%FF' is not percent-encoded UTF-8"),
+    ],
+)
+def test_a_string_of_another_form_is_refused(text: str, why: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(repr(text))) as refused:
+        parse_built(text)
+    assert why in str(refused.value)
 
 
 @settings(deadline=None, max_examples=200)

@@ -65,10 +65,15 @@ class Conversations:
             )
         return executed(connection, statement.order_by(*order).limit(limit), {}).rows or ()
 
-    def page_to_delete(self, connection: Connection, where: Where, limit: int) -> Sequence[Any]:
-        """Return some rows in no order, expired ones included: the next are others, once deleted."""
-        statement = sa.select(self.table.c.id).where(*self._own(where), *self._idle(where))
-        return executed(connection, statement.limit(limit), {}).rows or ()
+    def page_to_delete(
+        self, connection: Connection, where: Where, after: Any, limit: int
+    ) -> Sequence[Any]:
+        """Return rows by their ids, those that have expired included."""
+        id = self.table.c.id
+        statement = sa.select(id).where(*self._own(where), *self._idle(where))
+        if after is not None:
+            statement = statement.where(id > after.id)
+        return executed(connection, statement.order_by(id).limit(limit), {}).rows or ()
 
     def there(self, connection: Connection, ids: Sequence[str]) -> set[str]:
         """Return the ids of those rows that are there."""
@@ -80,7 +85,8 @@ class Conversations:
         state = self.table.c.state
         statement = sa.select(state, sa.func.count()).group_by(state)
         statement = statement.where(*self._own(where), *self._others(where))
-        return {name: number for name, number in executed(connection, statement, {}).rows or ()}
+        rows: Any = executed(connection, statement, {}).rows or ()
+        return dict(tuple(row) for row in rows)
 
     def set_state(
         self, connection: Connection, where: Where, ids: Sequence[str], state: str | None

@@ -96,11 +96,11 @@ class Rows:
         """
         dialect = self._dialect(connection)
         dialect.limits.check(connection, row.id)
+        self.lookups.sweep(connection, row.columns)
         if dialect.locks_by_writing:
             # SQLite: a transaction that reads first and writes later fails if another wrote
             # in between; one that begins with a write holds the lock by the time it reads.
             executed(connection, self._touch, {"_row": row.id})
-        self.lookups.sweep(connection, row.columns)
         if self.needs_transaction:
             self._update_locked(connection, row, merge)
             return

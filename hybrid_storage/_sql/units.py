@@ -142,10 +142,10 @@ class Units:
         if fence is not None and self._leases is not None:
             if not self._leases.holds(connection, fence, frees=frees):
                 return Outcome.LOST
-        elif changes and isinstance(connection.dialect, SQLiteDialect):
+        self._sweep(connection, changes)
+        if fence is None and changes and isinstance(connection.dialect, SQLiteDialect):
             # A transaction that reads first and writes later fails if another wrote in between.
             executed(connection, self._touch, {"_row": changes[0].row})
-        self._sweep(connection, changes)
         there = [change.row for change in changes if change.found is not None]
         found = self._read(connection, self._select_locked, there) if there else {}
         for change in sorted(changes, key=lambda change: change.row):

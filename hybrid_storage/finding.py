@@ -1,0 +1,128 @@
+"""Which conversations to find, and what is found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any, TypeAlias, TypedDict
+
+from aiogram.fsm.state import State, StatesGroup
+from aiogram.fsm.storage.base import DEFAULT_DESTINY, StorageKey
+
+from ._arguments import check_seconds
+from ._codec import Codec
+from ._sql.conversations import Where
+from ._sql.lookups import FIELDS
+from .columns import key_of
+
+OneOrMoreStates: TypeAlias = "State | str | type[StatesGroup] | Sequence[State | str]"
+
+
+class Filters(TypedDict, total=False):
+    """Which conversations to find. All that is given must hold."""
+
+    bot_id: int
+    chat_id: int
+    user_id: int
+    thread_id: int | None
+    """None finds those outside of topics."""
+    business_connection_id: str | None
+    destiny: str | None
+    """By default ``"default"``, a conversation's main row; None finds the rows of all destinies."""
+    state: OneOrMoreStates
+    """A state, a group with the groups in it, or several states."""
+    idle_for: float
+    """Seconds in which nothing of the conversation was written, by the database's clock."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation that was found."""
+
+    key: StorageKey
+    state: str | None
+    written_at: datetime | None
+    """When the row was last written to; None if that is not known."""
+    text: str | None
+    """The data as JSON text."""
+    _codec: Codec
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The data.
+
+        :raises CorruptDataError: if it is not the JSON text of an object
+        """
+        return self._codec.load(self.key, self.text)
+
+
+def where_of(what: str, filters: Filters, *, is_change: bool = False) -> Where:
+    """Return what to find.
+
+    :param what: the name of the method that was given the filters
+    :param is_change: whether it changes what it finds
+    :raises TypeError: if a filter is not known, or of the wrong kind
+    :raises ValueError: if a change is to be of everything
+    """
+    known = {*FIELDS, "state", "idle_for"}
+    for name in filters:
+        if name not in known:
+            raise TypeError(f"{what}() finds by {', '.join(sorted(known))}, not by {name!r}")
+    if is_change and not filters:
+        raise ValueError(f"{what}() without a filter would change every conversation: name one")
+    given: dict[str, Any] = {**filters}
+    fields = {name: given[name] for name in FIELDS if name in given}
+    if fields.setdefault("destiny", DEFAULT_DESTINY) is None:
+        del fields["destiny"]
+    if "idle_for" in given:
+        check_seconds(idle_for=given["idle_for"])
+    states = _names(given["state"]) if "state" in given else None
+    return Where(fields, states, given.get("idle_for"))
+
+
+def found(rows: Sequence[Any], codec: Codec) -> list[Conversation]:
+    """Return conversations of rows, without those whose columns have not been filled."""
+    conversations = []
+    for row in rows:
+        key, time = key_of(row), row.written_at
+        if key is not None:
+            at = None if time is None else datetime.fromtimestamp(time, timezone.utc)
+            conversations.append(Conversation(key, row.state, at, row.data, codec))
+    return conversations
+
+
+def names_of(old: object, new: object) -> tuple[str, str, bool]:
+    """Return two names, and whether they are of groups.
+
+    :raises TypeError: if they are not both states, or both groups
+    """
+    kinds = [isinstance(each, type) and issubclass(each, StatesGroup) for each in (old, new)]
+    names: list[Any]
+    if any(kinds):
+        names = [
+            each.__full_group_name__ if kind else each  # type: ignore[attr-defined]
+            for kind, each in zip(kinds, (old, new), strict=True)
+        ]
+        is_group = True
+    else:
+        names = [each.state if isinstance(each, State) else each for each in (old, new)]
+        is_group = False
+    if not all(isinstance(name, str) and name for name in names):
+        raise TypeError(
+            f"rename_state() takes two states, two groups or their names, not {old!r} and {new!r}"
+        )
+    return names[0], names[1], is_group
+
+
+def _names(states: object) -> list[str]:
+    if isinstance(states, type) and issubclass(states, StatesGroup):
+        return list(states.__all_states_names__)
+    if isinstance(states, (State, str)):
+        states = [states]
+    if not isinstance(states, Sequence):
+        raise TypeError(f"state is a State, a StatesGroup, a name or several, not {states!r}")
+    names = [each.state if isinstance(each, State) else each for each in states]
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"state is a State, a StatesGroup, a name or several, not {states!r}")
+    return [str(name) for name in names]
