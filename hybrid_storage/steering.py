@@ -49,6 +49,15 @@ class Steering(Updates[S]):
                 yield conversation
             after = rows[-1]
 
+    async def conversation(self, key: StorageKey) -> Conversation:
+        """Return one conversation, with the time of its last write if the table keeps that.
+
+        :param key: the conversation's key
+        :return: the conversation; with no state and no data if there is none
+        """
+        row: Any = await self._read(partial(self._steps.row, key=key))
+        return self._steps.one(key, row)
+
     async def count(self, **filters: Unpack[Filters]) -> int:
         """Count conversations.
 

@@ -27,10 +27,10 @@ from ._engine.threads import run_in_thread
 from ._sql.rows import Rows
 from ._steps import Steps
 from .conversations import Operations
+from .idle import Idle
 from .keys import FullKeyBuilder
 from .model import FSMData, HasMetaData, model_for, table_of
 from .operations import Calls
-from .steering import Steering
 from .transactions import S
 from .unit_of_work import UnitsOfWork
 
@@ -44,7 +44,7 @@ RETRY_FOR = 30.0  # seconds: a server's restart, a short failover
 SLOW_AFTER = 10.0  # seconds
 
 
-class SQLAlchemyStorage(Steering[S], BaseStorage, Generic[S, M]):
+class SQLAlchemyStorage(Idle[S], BaseStorage, Generic[S, M]):
     """Keeps states and data of aiogram's FSM in a table, one row a conversation.
 
     Every method may be called by any number of tasks, threads and processes at once. A call that is

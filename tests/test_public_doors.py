@@ -64,6 +64,7 @@ ORDER = [
     "tables",
     "updates",
     "steering",
+    "idle",
     "storage",
     "testing",
 ]
