@@ -19,7 +19,7 @@ from ._sql.conversations import Conversations, Where
 from ._sql.lookups import has_columns
 from ._sql.rows import Rows
 from .columns import key_of, values_of
-from .finding import Conversation, Filters, conversation, found, names_of, where_of
+from .finding import Filters, FoundConversation, conversation, found, names_of, where_of
 from .keys import FullKeyBuilder
 
 PAGE = 500  # rows that are read, or changed, at a time
@@ -60,7 +60,7 @@ class Steps:
         if not has_columns(self._table):
             raise ValueError(NO_COLUMNS.format(f"{what}()", self._table.fullname))
 
-    def found(self, rows: Sequence[Any]) -> list[Conversation]:
+    def found(self, rows: Sequence[Any]) -> list[FoundConversation]:
         """Return the conversations of rows."""
         return found(rows, self._codec)
 
@@ -68,7 +68,7 @@ class Steps:
         """Return the row of a key, None if there is none."""
         return self._sql.row(connection, self._codec.row(key))
 
-    def one(self, key: StorageKey, row: Any) -> Conversation:
+    def one(self, key: StorageKey, row: Any) -> FoundConversation:
         """Return the conversation of a key."""
         return conversation(key, row, self._codec)
 

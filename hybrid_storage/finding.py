@@ -37,7 +37,7 @@ class Filters(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Conversation:
+class FoundConversation:
     """A conversation that was found."""
 
     key: StorageKey
@@ -81,7 +81,7 @@ def where_of(what: str, filters: Filters, *, is_change: bool = False) -> Where:
     return Where(fields, states, given.get("idle_for"))
 
 
-def found(rows: Sequence[Any], codec: Codec) -> list[Conversation]:
+def found(rows: Sequence[Any], codec: Codec) -> list[FoundConversation]:
     """Return conversations of rows, without those whose columns have not been filled."""
     keys = [key_of(row) for row in rows]
     return [
@@ -91,16 +91,16 @@ def found(rows: Sequence[Any], codec: Codec) -> list[Conversation]:
     ]
 
 
-def conversation(key: StorageKey, row: Any, codec: Codec) -> Conversation:
+def conversation(key: StorageKey, row: Any, codec: Codec) -> FoundConversation:
     """Return the conversation of a key.
 
     :param row: its row, None if there is none
     """
     if row is None:
-        return Conversation(key, None, None, None, codec)
+        return FoundConversation(key, None, None, None, codec)
     time = getattr(row, "written_at", None)
     at = datetime.fromtimestamp(time, timezone.utc) if isinstance(time, float) else None
-    return Conversation(key, row.state, at, row.data, codec)
+    return FoundConversation(key, row.state, at, row.data, codec)
 
 
 def names_of(old: object, new: object) -> tuple[str, str, bool]:

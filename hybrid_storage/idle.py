@@ -16,12 +16,12 @@ from ._engine.errors import in_short
 from ._engine.retries import logger
 from ._sql.conversations import Where
 from .columns import default_destiny
-from .finding import Conversation, Filters
+from .finding import Filters, FoundConversation
 from .isolation import SQLAlchemyEventIsolation
 from .steering import Steering
 from .transactions import S
 
-Action = Callable[[Conversation], Awaitable[object]]
+Action = Callable[[FoundConversation], Awaitable[object]]
 
 
 class Idle(Steering[S]):
@@ -40,7 +40,7 @@ class Idle(Steering[S]):
     ) -> int:
         """Hand each conversation that has been idle for long to an action, once::
 
-            async def remind(conversation: Conversation) -> None:
+            async def remind(conversation: FoundConversation) -> None:
                 await bot.send_message(conversation.key.chat_id, "Your order waits for you")
 
             reminding = asyncio.create_task(

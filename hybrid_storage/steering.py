@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any
 
-from aiogram.fsm.state import StatesGroup
+from aiogram.fsm.state import State, StatesGroup
 from aiogram.fsm.storage.base import StateType, StorageKey
 from aiogram.types import Message
 from sqlalchemy import Connection
@@ -19,7 +19,7 @@ from typing_extensions import Unpack
 from ._codec import Change
 from ._steps import Step, Steps
 from .conversations import Parse
-from .finding import Conversation, Filters
+from .finding import Filters, FoundConversation
 from .operations import without
 from .transactions import S
 from .updates import Updates
@@ -30,7 +30,7 @@ class Steering(Updates[S]):
 
     _steps: Steps
 
-    async def find(self, **filters: Unpack[Filters]) -> AsyncIterator[Conversation]:
+    async def find(self, **filters: Unpack[Filters]) -> AsyncIterator[FoundConversation]:
         """Find conversations, a page at a time, in the order of their ids::
 
             async for conversation in storage.find(state=Order.payment, idle_for=86400):
@@ -49,7 +49,7 @@ class Steering(Updates[S]):
                 yield conversation
             after = rows[-1]
 
-    async def conversation(self, key: StorageKey) -> Conversation:
+    async def conversation(self, key: StorageKey) -> FoundConversation:
         """Return one conversation, with the time of its last write if the table keeps that.
 
         :param key: the conversation's key
@@ -114,8 +114,8 @@ class Steering(Updates[S]):
 
     async def rename_state(
         self,
-        old: StateType | type[StatesGroup],
-        new: StateType | type[StatesGroup],
+        old: State | str | type[StatesGroup],
+        new: State | str | type[StatesGroup],
         *,
         is_group: bool = False,
     ) -> int:

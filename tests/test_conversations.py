@@ -310,7 +310,7 @@ async def test_a_group_is_renamed_wherever_it_stands(storage: SQLAlchemyStorage)
     assert await storage.count(state=Order.cart) == 2
     assert await storage.rename_state("Purchase", "Order", is_group=True) == 4
     with pytest.raises(TypeError, match="two states, two groups"):
-        await storage.rename_state(Order, None)
+        await storage.rename_state(Order, None)  # type: ignore[arg-type]
 
 
 async def test_a_user_is_forgotten_everywhere(storage: SQLAlchemyStorage) -> None:

@@ -16,7 +16,7 @@ from conftest import Open, engine_of
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
-from hybrid_storage import Conversation, SQLAlchemyEventIsolation, SQLAlchemyStorage
+from hybrid_storage import FoundConversation, SQLAlchemyEventIsolation, SQLAlchemyStorage
 
 HOUR, DAY = 3600.0, 86400.0
 USERS = range(1, 7)
@@ -30,9 +30,9 @@ class Reminders:
     """Counts what it is handed."""
 
     def __init__(self) -> None:
-        self.seen: list[Conversation] = []
+        self.seen: list[FoundConversation] = []
 
-    async def __call__(self, conversation: Conversation) -> None:
+    async def __call__(self, conversation: FoundConversation) -> None:
         self.seen.append(conversation)
         await anyio.sleep(0.01)
 
@@ -140,7 +140,7 @@ async def test_what_an_action_does_is_written_and_does_not_count_as_activity(bot
     storage, isolation = bot
     await age(storage, DAY)
 
-    async def cancel(conversation: Conversation) -> None:
+    async def cancel(conversation: FoundConversation) -> None:
         await storage.set_state(conversation.key, "Order:cancelled")
         await storage.update_data(conversation.key, {"reminded": True})
 
@@ -158,7 +158,7 @@ async def test_an_action_that_fails_or_is_killed_is_called_again(
     await age(storage, DAY)
     tried: list[int] = []
 
-    async def fail(conversation: Conversation) -> None:
+    async def fail(conversation: FoundConversation) -> None:
         tried.append(conversation.key.user_id)
         await storage.set_state(conversation.key, "half done")
         if conversation.key.user_id == 3:
@@ -183,7 +183,7 @@ async def test_no_handler_runs_meanwhile_and_no_more_than_asked_at_once(bot: Any
     running, most = 0, 0
     order: list[str] = []
 
-    async def slow(conversation: Conversation) -> None:
+    async def slow(conversation: FoundConversation) -> None:
         nonlocal running, most
         running += 1
         most = max(most, running)
