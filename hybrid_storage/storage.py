@@ -19,6 +19,7 @@ from ._engine.calls import Call
 from ._engine.factories import SessionFactory, engine_and_factory, session_factory
 from ._engine.runner import Runner
 from ._engine.threads import run_in_thread
+from ._fallback import Fallback
 from ._sql.rows import Rows
 from ._unit import UnitClosed
 from .keys import FullKeyBuilder
@@ -69,6 +70,7 @@ class SQLAlchemyStorage(Updates[S], BaseStorage, Generic[S, M]):
         slow_after: float = SLOW_AFTER,
         context: Callable[[], AbstractContextManager[object]] = nullcontext,
         model: type[M] | None = None,
+        fallback: BaseStorage | None = None,
         session: SessionFactory[S] | None = None,
         base: MetaData | type[HasMetaData] | None = None,
     ) -> None:
@@ -90,6 +92,8 @@ class SQLAlchemyStorage(Updates[S], BaseStorage, Generic[S, M]):
         :param slow_after: after how many seconds the log warns of a call that waits
         :param context: what sessions need around them, such as Flask's ``app.app_context``
         :param model: a model of your own, in place of ``table_name``
+        :param fallback: the storage used before: a conversation that is not here yet is read from
+            it, moved here and removed there. It is yours to close. See docs/migration.md
         :param session: deprecated, ``sessionmaker`` under its former name
         :param base: deprecated, ``metadata`` under its former name
         :raises TypeError: if an argument is not of its kind
@@ -107,8 +111,9 @@ class SQLAlchemyStorage(Updates[S], BaseStorage, Generic[S, M]):
         check_seconds(retry_for=retry_for, slow_after=slow_after)
         if limiter is not None and not isinstance(limiter, CapacityLimiter):
             raise TypeError(f"limiter is an anyio.CapacityLimiter, not {limiter!r}")
-        builder = checked_key_builder(key_builder or FullKeyBuilder())
-        codec = Codec(builder, json_dumps, json_loads, self.table.fullname)
+        self.key_builder: KeyBuilder = checked_key_builder(key_builder or FullKeyBuilder())
+        """Makes the row's id of a key."""
+        codec = Codec(self.key_builder, json_dumps, json_loads, self.table.fullname)
         self._codec = codec
         self._rows = Rows(self.table)
         self._calls = Calls(self.model, self._rows, codec)
@@ -120,6 +125,12 @@ class SQLAlchemyStorage(Updates[S], BaseStorage, Generic[S, M]):
         super().__init__(access, units, getattr(factory, "registry", None))
         self._tables = [self.table]
         self._isolations = set()
+        self._fallback: Fallback | None = None
+        if fallback is not None:
+            calls, units, transaction = self._calls, self.units, self._own_transaction
+            self._fallback = Fallback(
+                fallback, self._rows, calls, codec, access, units, transaction
+            )
         self.engine: AnyEngine | None = None
         """The engine that :meth:`from_url` has made: to dispose with ``close=False`` in a process
         that has been forked. None where the factory is the application's."""
@@ -142,6 +153,7 @@ class SQLAlchemyStorage(Updates[S], BaseStorage, Generic[S, M]):
         limiter: CapacityLimiter | None = None,
         retry_for: float = RETRY_FOR,
         slow_after: float = SLOW_AFTER,
+        fallback: BaseStorage | None = None,
         **engine_options: Any,
     ) -> SQLAlchemyStorage[Any, Any]:
         """Make a storage with an engine of its own, which :meth:`close` disposes.
@@ -162,6 +174,7 @@ class SQLAlchemyStorage(Updates[S], BaseStorage, Generic[S, M]):
             limiter=limiter,
             retry_for=retry_for,
             slow_after=slow_after,
+            fallback=fallback,
         )
         storage.engine = engine
         return storage
@@ -233,6 +246,12 @@ class SQLAlchemyStorage(Updates[S], BaseStorage, Generic[S, M]):
         await self._execute(key, self._calls.clear(key))
 
     async def _execute(self, key: StorageKey, call: Call[T]) -> T:
+        if self._fallback is None:
+            return await self._carry_out(key, call)
+        async with self._fallback.adopted(key, call):
+            return await self._carry_out(key, call)
+
+    async def _carry_out(self, key: StorageKey, call: Call[T]) -> T:
         unit = self.units.find(key)
         if unit is not None:
             with suppress(UnitClosed):
