@@ -145,6 +145,7 @@ class RedisSource:
         for value in (state, data):
             if isinstance(value, Exception):
                 raise ValueError(f"Redis does not return its state and data: {value}") from value
+        name.encode()  # raises if the key in Redis is not UTF-8
         key, text = self._parse(name), _text(data)
         return Conversation(name, key, _text(state), self._loads(text) if text else {})
 

@@ -34,7 +34,7 @@ class TableSource:
         :param parse: makes keys of text, for a key builder of your own
         :raises TypeError: if the key builder is your own and ``parse`` is missing
         """
-        self._storage = storage
+        self.storage = storage
         self._parse = parser_of(storage.key_builder, bot_id, parse)
         self._table = _Table(storage, storage.table, "id")
 
@@ -53,7 +53,7 @@ class TableSource:
 
     def _conversation(self, name: str, state: str | None, data: str | None) -> Conversation:
         key = self._parse(name)
-        return Conversation(name, key, state, self._storage._codec.load(key, data))
+        return Conversation(name, key, state, self.storage._codec.load(key, data))
 
 
 class RaitoSource:
@@ -100,7 +100,7 @@ class _Table:
     """Reads a table by its keys, some rows at a time."""
 
     def __init__(self, storage: SQLAlchemyStorage, table: sa.Table, key: str) -> None:
-        self._storage = storage
+        self.storage = storage
         name = table.c[key]
         self._name = f"all of {table.fullname}"
         page = sa.select(name).order_by(name).limit(sa.bindparam("_batch"))
@@ -125,7 +125,7 @@ class _Table:
         def rows(connection: sa.Connection) -> Sequence[Sequence[Any]]:
             return executed(connection, statement, parameters).rows or ()
 
-        storage = self._storage
+        storage = self.storage
         return await storage._access.execute(storage._calls.reading(self._name, rows))
 
 

@@ -71,7 +71,7 @@ async def storage(backend: Backend, open_storage: Open, old: Old) -> SQLAlchemyS
     return opened
 
 
-OpenAnother = Callable[[], Any]
+OpenAnother = Callable[..., Any]
 
 
 @pytest.fixture
