@@ -157,7 +157,6 @@ async def test_letters_that_mean_something_to_redis_are_taken_as_they_are() -> N
 
 
 USERS = 150
-STEPS = 8
 
 
 class Users:
@@ -169,6 +168,8 @@ class Users:
         self.keys = [StorageKey(bot_id=42, chat_id=n, user_id=n) for n in range(1, USERS + 1)]
         self.expected: dict[StorageKey, dict[str, Any]] = {}
         self.errors: list[str] = []
+        self.steps = 0
+        self.are_over = False
 
     async def begin(self, old: RedisStorage) -> None:
         """Have been here before."""
@@ -178,19 +179,20 @@ class Users:
             await old.set_data(key, self.expected[key])
 
     async def all_go_on(self) -> None:
-        """Have two of three go on at once, until each has made all steps."""
+        """Have two of three go on at once, each from some moment on, until all is over."""
         await asyncio.gather(*(self._goes_on(key) for key in self.keys if key.user_id % 3))
 
     async def _goes_on(self, key: StorageKey) -> None:
         chance = random.Random(key.user_id)
-        await asyncio.sleep(chance.random() * 0.7)
-        for _ in range(STEPS):
+        await asyncio.sleep(chance.random() * 2)
+        while not self.are_over or self.expected[key].get("step") == key.user_id:
+            self.steps += 1
             if self._isolation is None:
                 await self._step(key, chance)
             else:
                 async with self._isolation.lock(key):
                     await self._step(key, chance)
-            await asyncio.sleep(chance.random() * 0.15)
+            await asyncio.sleep(chance.random() * 0.4)
 
     async def _step(self, key: StorageKey, chance: random.Random) -> None:
         expected = self.expected[key]
@@ -234,7 +236,10 @@ async def test_no_step_is_lost_while_the_bot_runs_and_migrations_are_killed(
     for _ in range(2):
         killed = await asyncio.to_thread(killed_half_way, job, chance.random() * 0.05)
         assert killed.found < USERS
+    steps = users.steps
     last = await asyncio.to_thread(run_to_its_end, job)
+    assert users.steps > steps > 0
+    users.are_over = True
     await bot
     assert users.errors == []
     assert last.verified, last
