@@ -25,6 +25,7 @@ ORDER = [
     "_sql.lookups",
     "_sql.upsert",
     "_sql.rows",
+    "_sql.absent",
     "_sql.leases",
     "_sql.at_once",
     "_sql.units",
@@ -59,6 +60,7 @@ ORDER = [
     "_unit",
     "unit_of_work",
     "transactions",
+    "_fallback",
     "middlewares",
     "isolation",
     "tables",
@@ -66,6 +68,10 @@ ORDER = [
     "steering",
     "idle",
     "storage",
+    "_sources",
+    "_table_sources",
+    "_moves",
+    "migration",
     "testing",
 ]
 
