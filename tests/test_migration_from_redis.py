@@ -293,3 +293,22 @@ def started(job: Job) -> tuple[Any, Connection]:
     process.start()
     theirs.close()
     return process, ours
+
+
+async def test_the_time_that_is_left_becomes_an_age(
+    old: Former, redis: Any, open_storage: Open
+) -> None:
+    """In a table that has the columns to look by, which are filled."""
+    assert isinstance(old.storage, RedisStorage)
+    aging = RedisStorage(redis, old.storage.key_builder, state_ttl=86400, data_ttl=86400)
+    await aging.set_state(KEY, "Form:name")
+    await aging.set_data(KEY, {"a": 1})
+    fresh = StorageKey(bot_id=42, chat_id=8, user_id=8)
+    await aging.set_state(fresh, "Form:name")
+    for part in ("state", "data"):
+        await redis.expire(aging.key_builder.build(KEY, part), 86400 - 7200)
+    storage = await open_storage(SQLITE[0], columns=True)
+    assert (await migrate(RedisSource(aging), storage)).verified
+    assert await storage.count(state="Form:name") == 2
+    assert [found.key async for found in storage.find(idle_for=3600)] == [KEY]
+    assert await storage.count(idle_for=3 * 3600) == 0
