@@ -37,8 +37,8 @@ SERVERS = ("postgresql", "sqlite", "mysql", "redis")
 DOCS = Path(__file__).parent.parent / "docs"
 BEGIN, END = "<!-- figures: written by python -m benchmarks -->\n", "<!-- end of the figures -->\n"
 ALT = {
-    "updates-by-network": "Milliseconds that an update takes, by the delay of a round trip, for one "
-    "user: this package beside RedisStorage and the package that it replaces",
+    "updates-by-network": "Milliseconds that an update takes, by the delay of a round trip, for "
+    "one user: this package beside RedisStorage and the package that it replaces",
     "updates-by-users": "Updates per second, by the number of users at a time, with a network of "
     "1 ms: this package beside RedisStorage and the package that it replaces",
     "updates-round-trips": "Round trips to the server that five updates take, by bot",
