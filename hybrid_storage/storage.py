@@ -120,6 +120,7 @@ class SQLAlchemyStorage(Idle[S], BaseStorage, Generic[S, M]):
             "type[M]",
             model_for(renamed("metadata", metadata, "base", base), name, columns=columns),
         )
+        self._model = self.model
         self.table = table_of(self.model)
         self.metadata = self.table.metadata
         check_functions(json_dumps=json_dumps, json_loads=json_loads, context=context)

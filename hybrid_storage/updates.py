@@ -33,7 +33,7 @@ class Updates(Tables[S]):
     _rows: Rows
     _isolations: set[bool]
     _fallback: Fallback | None
-    model: type[FSMData]
+    _model: type[FSMData]
     table: Table
 
     def create_isolation(
@@ -63,7 +63,7 @@ class Updates(Tables[S]):
         execute = DriverStatements().executed if driver_statements else executed
         leases = None
         if lease is not None:
-            table = declare_lock_table(self.model)
+            table = declare_lock_table(self._model)
             self._tables = [self.table, table]
             leases = Leases(table, self._rows, execute)
         made = SQLAlchemyEventIsolation(

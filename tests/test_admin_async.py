@@ -25,9 +25,6 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 HOUR, DAY, WEEK = 3600, 86400, 604800
 LIST = "/admin/conversation/list"
 
-if sys.version_info < (3, 11):
-    pytest.skip("Starlette-Admin 1 needs Python 3.11", allow_module_level=True)
-
 
 def key(user: int) -> StorageKey:
     return StorageKey(bot_id=42, chat_id=user, user_id=user)
