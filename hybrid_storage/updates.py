@@ -101,6 +101,10 @@ class Updates(Tables[S]):
         async with self._fallback.adopted(key, call):
             return await self._carry_out(key, call)
 
+    async def _committed(self, session: object) -> None:
+        if self._fallback is not None:
+            await self._fallback.committed(session)
+
     async def _carry_out(self, key: StorageKey, call: Call[T]) -> T:
         unit = self.units.find(key)
         if unit is not None:
