@@ -66,6 +66,12 @@ ORDER = [
     "steering",
     "storage",
     "testing",
+    "_cli_output",
+    "_cli_storage",
+    "_cli_command",
+    "_cli_tables",
+    "cli",
+    "__main__",
 ]
 
 
