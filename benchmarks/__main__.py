@@ -19,8 +19,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .contenders import contenders, running_servers
 from .measure import SMOKE, Run, Scale
-from .plots import draw
-from .report import tables
+from .plots import draw, draw_updates
+from .report import ratios, tables
 from .results import Results
 from .updates import updates
 
@@ -36,6 +36,14 @@ SECTIONS: dict[str, Callable[[Run], Coroutine[Any, Any, None]]] = {
 SERVERS = ("postgresql", "sqlite", "mysql", "redis")
 DOCS = Path(__file__).parent.parent / "docs"
 BEGIN, END = "<!-- figures: written by python -m benchmarks -->\n", "<!-- end of the figures -->\n"
+ALT = {
+    "updates-by-network": "Milliseconds that an update takes, by the delay of a round trip, for "
+    "one user: this package beside RedisStorage and the package that it replaces",
+    "updates-by-users": "Updates per second, by the number of users at a time, with a network of "
+    "1 ms: this package beside RedisStorage and the package that it replaces",
+    "updates-round-trips": "Round trips to the server that five updates take, by bot",
+}
+"""What the plots of the docs show, for those who do not see them."""
 PACKAGES = ("aiogram", "SQLAlchemy", "asyncpg", "psycopg", "aiosqlite", "asyncmy", "redis")
 
 
@@ -133,15 +141,16 @@ def _write_docs(results: Results) -> None:
     page = DOCS / "performance.md"
     head, _, rest = page.read_text().partition(BEGIN)
     _, _, tail = rest.partition(END)
-    images = draw(results, DOCS)
-    named = [file.rename(DOCS / f"performance-{file.name}") for file in images]
-    made = ", ".join(f"{name} {value}" for name, value in results.environment.items())
-    parts = [
-        made + ".",
-        *(f"![{file.stem}]({file.name})" for file in named),
-        *(table.markdown() for table in tables(results)),
-    ]
-    page.write_text(f"{head}{BEGIN}\n" + "\n\n".join(parts) + f"\n\n{END}{tail}")
+    results.save(DOCS / "performance-figures.json")
+    texts = "\n\n".join(table.markdown() for table in tables(results))
+    made = ", ".join(f"{name} {value}" for name, value in results.environment.items()) + "."
+    (DOCS / "performance-tables.md").write_text(f"# All figures\n\n{made}\n\n{texts}\n")
+    parts = [made]
+    for file in draw_updates(results, DOCS):
+        named = file.rename(DOCS / f"performance-{file.name}")
+        parts.append(f"![{ALT[file.stem]}]({named.name})")
+    parts.append(ratios(results).markdown())
+    page.write_text(f"{head}{BEGIN}\n\n" + "\n\n".join(parts) + f"\n\n{END}{tail}")
 
 
 if __name__ == "__main__":

@@ -29,16 +29,93 @@ mpl.rcParams.update(
 
 OURS, OTHERS = "#2563eb", "#9ca3af"
 
+SHOWN = {
+    "hybrid asyncpg, lease": ("this package, asyncpg", "#2563eb", "o-"),
+    "hybrid asyncpg, lease, driver_statements": ("the same, driver_statements", "#60a5fa", "o--"),
+    "hybrid psycopg (threads), lease": ("this package, psycopg in threads", "#7c3aed", "s-"),
+    "RedisStorage, RedisEventIsolation": ("RedisStorage, RedisEventIsolation", "#dc2626", "^-"),
+    "replaced asyncpg, SimpleEventIsolation": ("aiogram-sqlalchemy-storage", "#6b7280", "v-"),
+}
+"""The contenders of the plots in the docs: their labels, colors and lines."""
+BOT, DELAY = "form bot", "1 ms"
+
 
 def draw(results: Results, folder: Path) -> list[Path]:
     """Draw what there are results for; return the files."""
     return [
+        *draw_updates(results, folder),
         *_throughput(results, folder),
         *_latencies(results, folder),
         *_network(results, folder),
         *_lines(results, folder, "rows", "get_state", "rows in the table"),
         *_lines(results, folder, "data", "update_data", "size of the data"),
     ]
+
+
+def draw_updates(results: Results, folder: Path) -> list[Path]:
+    """Draw whole updates, for the docs; return the files."""
+    if not results.settings("updates"):
+        return []
+    return [*_by_delay(results, folder), *_by_users(results, folder), *_by_trips(results, folder)]
+
+
+def _settings(results: Results) -> tuple[list[str], list[str]]:
+    pairs = [setting.split(", ") for setting in results.settings("updates")]
+    delays, users = zip(*pairs, strict=True)
+    return list(dict.fromkeys(delays)), list(dict.fromkeys(users))
+
+
+def _by_delay(results: Results, folder: Path) -> Iterator[Path]:
+    delays, users = _settings(results)
+    file = folder / "updates-by-network.svg"
+    with _figure(file, 9, 3.2, 2) as columns:
+        for axes, bot in zip(columns, (BOT, "scene bot"), strict=True):
+            for name, (label, color, line) in SHOWN.items():
+                cells = [Cell("updates", bot, f"{delay}, {users[0]}") for delay in delays]
+                times = [results.seconds(cell, name) * 1000 for cell in cells]
+                axes.plot(delays, times, line, color=color, label=label, markersize=4)
+            axes.set(
+                xlabel="delay of a round trip", ylabel="ms per update", title=f"{bot}, 1 user"
+            )
+            axes.set_ylim(bottom=0)
+        columns[0].legend(fontsize=7)
+    yield file
+
+
+def _by_users(results: Results, folder: Path) -> Iterator[Path]:
+    delays, users = _settings(results)
+    delay = DELAY if DELAY in delays else delays[0]
+    file = folder / "updates-by-users.svg"
+    with _figure(file, 9, 3.2, 2) as columns:
+        for axes, bot in zip(columns, (BOT, "scene bot"), strict=True):
+            for name, (label, color, line) in SHOWN.items():
+                cells = [Cell("updates", bot, f"{delay}, {each}") for each in users]
+                rates = [1 / results.seconds(cell, name) for cell in cells]
+                axes.plot(users, rates, line, color=color, label=label, markersize=4)
+            axes.set(
+                xlabel="users at a time",
+                ylabel="updates per second",
+                title=f"{bot}, network {delay}",
+            )
+            axes.set_ylim(bottom=0)
+        columns[0].legend(fontsize=7)
+    yield file
+
+
+def _by_trips(results: Results, folder: Path) -> Iterator[Path]:
+    bots = [bot for bot in results.works("updates") if bot != "step bot"]
+    file = folder / "updates-round-trips.svg"
+    shown = {name: each for name, each in SHOWN.items() if name in results.trips}
+    with _figure(file, 9, 2.4, len(bots)) as columns:
+        for axes, bot in zip(columns, bots, strict=True):
+            trips = [results.trips[name].get(bot, (0, math.nan))[1] for name in reversed(shown)]
+            labels = [label for label, _, _ in reversed(shown.values())]
+            colors = [color for _, color, _ in reversed(shown.values())]
+            axes.barh(labels, trips, color=colors)
+            axes.set(xlabel="round trips", title=f"{bot}: five updates")
+            if axes is not columns[0]:
+                axes.set_yticklabels([])
+    yield file
 
 
 @contextmanager

@@ -30,6 +30,10 @@ GROUPS = {
 }
 
 
+REDIS_ISOLATED = "RedisStorage, RedisEventIsolation"
+RATIOS = (", lease", ", lease, driver_statements")  # the contenders of the docs' one table
+
+
 @dataclass(frozen=True)
 class Table:
     """A table of text, with the names of its rows in the first column."""
@@ -117,6 +121,24 @@ def _updates(results: Results) -> Iterator[Table]:
                 for name in names]  # fmt: skip
         rows = [row for row in rows if set(row[1:]) != {"-"}]
         yield Table(f"CPU time of an update, {setting}", ["", *works], rows)
+
+
+def ratios(results: Results) -> Table:
+    """Return how many times as fast as Redis whole updates are, isolated across processes."""
+    settings = results.settings("updates")
+    names = [name for name in results.contenders("updates") if name.endswith(RATIOS)]
+    rows = []
+    for bot in ("form bot", "scene bot"):
+        cells = [Cell("updates", bot, setting) for setting in settings]
+        rows += [
+            [
+                f"{bot}: {name}",
+                *(_number(results.times(cell, REDIS_ISOLATED, name)) for cell in cells),
+            ]
+            for name in names
+        ]
+    title = "Updates, as many times as fast as by RedisStorage with RedisEventIsolation"
+    return Table(f"{title}, by network and users", ["", *settings], rows)
 
 
 def groups(contenders: list[str]) -> Iterator[tuple[str, list[str], str]]:

@@ -4,7 +4,7 @@ from ._codec import CorruptDataError
 from ._unit import LockLostError
 from .columns import ConversationColumns, state_index
 from .conversations import Operations
-from .finding import Conversation
+from .finding import FoundConversation
 from .isolation import SQLAlchemyEventIsolation
 from .keys import FullKeyBuilder
 from .middlewares import FlushMiddleware, SessionMiddleware
@@ -14,11 +14,11 @@ from .storage import SQLAlchemyStorage
 __version__ = "1.0.0"
 
 __all__ = [
-    "Conversation",
     "ConversationColumns",
     "CorruptDataError",
     "FSMData",
     "FlushMiddleware",
+    "FoundConversation",
     "FullKeyBuilder",
     "LockLostError",
     "Operations",

@@ -19,7 +19,7 @@ from ._sql.conversations import Conversations, Where
 from ._sql.lookups import has_columns
 from ._sql.rows import Rows
 from .columns import key_of, values_of
-from .finding import Conversation, Filters, found, names_of, where_of
+from .finding import Filters, FoundConversation, conversation, found, names_of, where_of
 from .keys import FullKeyBuilder
 
 PAGE = 500  # rows that are read, or changed, at a time
@@ -60,9 +60,17 @@ class Steps:
         if not has_columns(self._table):
             raise ValueError(NO_COLUMNS.format(f"{what}()", self._table.fullname))
 
-    def found(self, rows: Sequence[Any]) -> list[Conversation]:
+    def found(self, rows: Sequence[Any]) -> list[FoundConversation]:
         """Return the conversations of rows."""
         return found(rows, self._codec)
+
+    def row(self, connection: Connection, key: StorageKey) -> Any:
+        """Return the row of a key, None if there is none."""
+        return self._sql.row(connection, self._codec.row(key))
+
+    def one(self, key: StorageKey, row: Any) -> FoundConversation:
+        """Return the conversation of a key."""
+        return conversation(key, row, self._codec)
 
     def page(self, connection: Connection, where: Where, after: Any) -> Sequence[Any]:
         """Return the next rows."""
@@ -106,6 +114,25 @@ class Steps:
         before, after_, of_groups = names_of(old, new)
         names = before, after_, is_group or of_groups
         return [partial(self._rename, *names), partial(self._rename_in_data, *names)]
+
+    def idle(self, after: float, filters: Filters) -> Where:
+        """Return what to find of conversations whose idleness has not been dealt with."""
+        if "idle_for" in filters:
+            raise TypeError("on_idle() takes the seconds as after=")
+        where = self.where("on_idle", filters)
+        fields = dict(where.fields)
+        if not {"state", "destiny"} & set(filters):
+            del fields["destiny"]  # whatever is there of the conversation
+        return replace(where, fields=fields, idle_for=after, unhandled=after)
+
+    def handled(self, connection: Connection, key: StorageKey, after: float) -> None:
+        """Mark a conversation's idleness as dealt with."""
+        self._sql.handled(connection, self._codec.conversation(key), after)
+
+    def is_still(self, connection: Connection, where: Where, key: StorageKey) -> bool:
+        """Tell whether a conversation is still to be found."""
+        fields = {**where.fields, "conversation": self._codec.conversation(key)}
+        return bool(self._sql.page(connection, replace(where, fields=fields), None, 1))
 
     def forgetting(self, user_id: int, bot_id: int | None) -> Step:
         """Return the step that deletes some rows of a user's."""

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from aiogram.fsm.storage.base import DEFAULT_DESTINY, StorageKey
-from sqlalchemy import BigInteger, Double, Index, String
+from sqlalchemy import BigInteger, ColumnElement, Double, Index, String, literal_column
 from sqlalchemy.dialects import mysql
 from sqlalchemy.orm import Mapped, declared_attr, mapped_column
 from sqlalchemy.types import TypeEngine
@@ -21,6 +21,9 @@ from ._sql.lookups import FIELDS
 # MySQL wants a length for VARCHAR, and its default collations take "a" and "A" for the same key.
 UTF8 = {"charset": "utf8mb4", "collation": "utf8mb4_bin"}
 Key: TypeEngine[str] = String().with_variant(mysql.VARCHAR(255, **UTF8), "mysql", "mariadb")
+
+
+_NONE: ColumnElement[float] = literal_column("0.0", Double)  # not a value: those are parameters
 
 
 class ConversationColumns:
@@ -45,6 +48,8 @@ class ConversationColumns:
         Double, default=Clock(), onupdate=Clock(), index=True
     )
     """When the row was last written to, in seconds since 1970 by the database's clock."""
+    idle_handled: Mapped[float | None] = mapped_column(Double, default=_NONE, onupdate=_NONE)
+    """The longest ``after`` of ``on_idle()`` that was dealt with since the last write."""
 
     @declared_attr.directive
     def __table_args__(cls) -> Any:

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from aiogram.fsm.state import StatesGroup
+from aiogram.fsm.state import State, StatesGroup
 from aiogram.fsm.storage.base import StateType, StorageKey
 from sqlalchemy import Connection
 from typing_extensions import Unpack
 
 from ._steps import Batch, Step, Steps
-from .finding import Conversation, Filters
+from .finding import Filters, FoundConversation
 from .operations import AnySync, Calls, ConversationOperations, run
 
 Parse = Callable[[str], StorageKey]
@@ -31,7 +31,7 @@ class Operations(ConversationOperations):
         super().__init__(calls)
         self._steps = steps
 
-    def find(self, session: AnySync, **filters: Unpack[Filters]) -> Iterator[Conversation]:
+    def find(self, session: AnySync, **filters: Unpack[Filters]) -> Iterator[FoundConversation]:
         """Find conversations, a page at a time, in the order of their ids.
 
         With ``idle_for`` and without a state, those come first that have been idle for longest.
@@ -91,8 +91,8 @@ class Operations(ConversationOperations):
     def rename_state(
         self,
         session: AnySync,
-        old: StateType | type[StatesGroup],
-        new: StateType | type[StatesGroup],
+        old: State | str | type[StatesGroup],
+        new: State | str | type[StatesGroup],
         *,
         is_group: bool = False,
     ) -> int:

@@ -37,7 +37,7 @@ class Filters(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Conversation:
+class FoundConversation:
     """A conversation that was found."""
 
     key: StorageKey
@@ -81,15 +81,26 @@ def where_of(what: str, filters: Filters, *, is_change: bool = False) -> Where:
     return Where(fields, states, given.get("idle_for"))
 
 
-def found(rows: Sequence[Any], codec: Codec) -> list[Conversation]:
+def found(rows: Sequence[Any], codec: Codec) -> list[FoundConversation]:
     """Return conversations of rows, without those whose columns have not been filled."""
-    conversations = []
-    for row in rows:
-        key, time = key_of(row), row.written_at
-        if key is not None:
-            at = None if time is None else datetime.fromtimestamp(time, timezone.utc)
-            conversations.append(Conversation(key, row.state, at, row.data, codec))
-    return conversations
+    keys = [key_of(row) for row in rows]
+    return [
+        conversation(key, row, codec)
+        for key, row in zip(keys, rows, strict=True)
+        if key is not None
+    ]
+
+
+def conversation(key: StorageKey, row: Any, codec: Codec) -> FoundConversation:
+    """Return the conversation of a key.
+
+    :param row: its row, None if there is none
+    """
+    if row is None:
+        return FoundConversation(key, None, None, None, codec)
+    time = getattr(row, "written_at", None)
+    at = datetime.fromtimestamp(time, timezone.utc) if isinstance(time, float) else None
+    return FoundConversation(key, row.state, at, row.data, codec)
 
 
 def names_of(old: object, new: object) -> tuple[str, str, bool]:

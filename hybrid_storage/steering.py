@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any
 
-from aiogram.fsm.state import StatesGroup
+from aiogram.fsm.state import State, StatesGroup
 from aiogram.fsm.storage.base import StateType, StorageKey
 from aiogram.types import Message
 from sqlalchemy import Connection
@@ -19,7 +19,7 @@ from typing_extensions import Unpack
 from ._codec import Change
 from ._steps import Batch, Step, Steps
 from .conversations import Parse
-from .finding import Conversation, Filters
+from .finding import Filters, FoundConversation
 from .operations import without
 from .transactions import S
 from .updates import Updates
@@ -30,7 +30,7 @@ class Steering(Updates[S]):
 
     _steps: Steps
 
-    async def find(self, **filters: Unpack[Filters]) -> AsyncIterator[Conversation]:
+    async def find(self, **filters: Unpack[Filters]) -> AsyncIterator[FoundConversation]:
         """Find conversations, a page at a time, in the order of their ids::
 
             async for conversation in storage.find(state=Order.payment, idle_for=86400):
@@ -48,6 +48,15 @@ class Steering(Updates[S]):
             for conversation in self._steps.found(rows):
                 yield conversation
             after = rows[-1]
+
+    async def conversation(self, key: StorageKey) -> FoundConversation:
+        """Return one conversation, with the time of its last write if the table keeps that.
+
+        :param key: the conversation's key
+        :return: the conversation; with no state and no data if there is none
+        """
+        row: Any = await self._read(partial(self._steps.row, key=key))
+        return self._steps.one(key, row)
 
     async def count(self, **filters: Unpack[Filters]) -> int:
         """Count conversations.
@@ -105,8 +114,8 @@ class Steering(Updates[S]):
 
     async def rename_state(
         self,
-        old: StateType | type[StatesGroup],
-        new: StateType | type[StatesGroup],
+        old: State | str | type[StatesGroup],
+        new: State | str | type[StatesGroup],
         *,
         is_group: bool = False,
     ) -> int:

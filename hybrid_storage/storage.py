@@ -24,13 +24,14 @@ from ._engine.access import Access
 from ._engine.factories import SessionFactory, engine_and_factory, session_factory
 from ._engine.runner import Runner
 from ._engine.threads import run_in_thread
+from ._fallback import Fallback
 from ._sql.rows import Rows
 from ._steps import Steps
 from .conversations import Operations
+from .idle import Idle
 from .keys import FullKeyBuilder
 from .model import FSMData, HasMetaData, model_for, table_of
 from .operations import Calls
-from .steering import Steering
 from .transactions import S
 from .unit_of_work import UnitsOfWork
 
@@ -44,7 +45,7 @@ RETRY_FOR = 30.0  # seconds: a server's restart, a short failover
 SLOW_AFTER = 10.0  # seconds
 
 
-class SQLAlchemyStorage(Steering[S], BaseStorage, Generic[S, M]):
+class SQLAlchemyStorage(Idle[S], BaseStorage, Generic[S, M]):
     """Keeps states and data of aiogram's FSM in a table, one row a conversation.
 
     Every method may be called by any number of tasks, threads and processes at once. A call that is
@@ -77,6 +78,7 @@ class SQLAlchemyStorage(Steering[S], BaseStorage, Generic[S, M]):
         columns: bool = False,
         expires_after: float | None = None,
         model: type[M] | None = None,
+        fallback: BaseStorage | None = None,
         session: SessionFactory[S] | None = None,
         base: MetaData | type[HasMetaData] | None = None,
     ) -> None:
@@ -102,6 +104,8 @@ class SQLAlchemyStorage(Steering[S], BaseStorage, Generic[S, M]):
         :param expires_after: after how many seconds without a write a conversation reads as absent;
             never by default. Needs the columns
         :param model: a model of your own, in place of ``table_name``
+        :param fallback: the storage used before: a conversation that is not here yet is read from
+            it, moved here and removed there. It is yours to close. See docs/migration.md
         :param session: deprecated, ``sessionmaker`` under its former name
         :param base: deprecated, ``metadata`` under its former name
         :raises TypeError: if an argument is not of its kind
@@ -122,8 +126,9 @@ class SQLAlchemyStorage(Steering[S], BaseStorage, Generic[S, M]):
         check_seconds(retry_for=retry_for, slow_after=slow_after)
         if limiter is not None and not isinstance(limiter, CapacityLimiter):
             raise TypeError(f"limiter is an anyio.CapacityLimiter, not {limiter!r}")
-        builder = checked_key_builder(key_builder or FullKeyBuilder())
-        codec = Codec(builder, json_dumps, json_loads, self.table.fullname)
+        self.key_builder: KeyBuilder = checked_key_builder(key_builder or FullKeyBuilder())
+        """Makes the row's id of a key."""
+        codec = Codec(self.key_builder, json_dumps, json_loads, self.table.fullname)
         self._codec = codec
         check_columns(self.table, expires_after)
         self._rows = Rows(self.table, expires_after)
@@ -137,6 +142,12 @@ class SQLAlchemyStorage(Steering[S], BaseStorage, Generic[S, M]):
         super().__init__(access, units, getattr(factory, "registry", None))
         self._tables = [self.table]
         self._isolations = set()
+        self._fallback: Fallback | None = None
+        if fallback is not None:
+            calls, units, transaction = self._calls, self.units, self._own_transaction
+            self._fallback = Fallback(
+                fallback, self._rows, calls, codec, access, units, transaction
+            )
         self.engine: AnyEngine | None = None
         """The engine that :meth:`from_url` has made: to dispose with ``close=False`` in a process
         that has been forked. None where the factory is the application's."""
@@ -161,6 +172,7 @@ class SQLAlchemyStorage(Steering[S], BaseStorage, Generic[S, M]):
         slow_after: float = SLOW_AFTER,
         columns: bool = False,
         expires_after: float | None = None,
+        fallback: BaseStorage | None = None,
         **engine_options: Any,
     ) -> SQLAlchemyStorage[Any, Any]:
         """Make a storage with an engine of its own, which :meth:`close` disposes.
@@ -183,6 +195,7 @@ class SQLAlchemyStorage(Steering[S], BaseStorage, Generic[S, M]):
             slow_after=slow_after,
             columns=columns,
             expires_after=expires_after,
+            fallback=fallback,
         )
         storage.engine = engine
         return storage

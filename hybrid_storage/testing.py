@@ -32,8 +32,8 @@ def memory_storage(**options: Any) -> SQLAlchemyStorage[Session]:
 
 @pytest.fixture
 def fsm_storage() -> Iterator[SQLAlchemyStorage[Session]]:
-    """Return an empty storage in memory."""
-    storage = memory_storage()
+    """Return an empty storage in memory, whose table has the columns to look by."""
+    storage = memory_storage(columns=True)
     yield storage
     assert isinstance(storage.engine, Engine)
     storage.engine.dispose()

@@ -91,23 +91,10 @@ class Transactions(Generic[S]):
                 async with scope.savepoint() as inner, self._joining(inner):
                     yield cast("S", inner.session)
             return
-        session, side, bind = self._open(allow_blocking=allow_blocking)
-        pool = pool_state(bind)
-        lock_timeout = PARENT_WAIT if is_held_by_parent(pool) else None
-        async with transaction_slot(pool):
-            own = TransactionScope(
-                session,
-                side,
-                bind,
-                self._runner.context,
-                self._registry,
-                lock_timeout=lock_timeout,
-            )
-            with self.units.undone_on_failure():
-                async with self._ending(own), self._joining(own):
-                    await own.begin()
-                    yield cast("S", session)
-                    await self.units.write()
+        with self.units.undone_on_failure():
+            async with self._own_transaction(allow_blocking=allow_blocking) as session:
+                yield cast("S", session)
+                await self.units.write()
 
     @asynccontextmanager
     async def using(self, session: AnySession | AnyScopedSession) -> AsyncIterator[None]:
@@ -167,6 +154,25 @@ class Transactions(Generic[S]):
                 return await self._in_own_transaction(work)
             finally:
                 self.units.forget()  # what it may have written
+
+    @asynccontextmanager
+    async def _own_transaction(self, *, allow_blocking: bool = False) -> AsyncIterator[AnySession]:
+        """Open a transaction that takes no part in units of work."""
+        session, side, bind = self._open(allow_blocking=allow_blocking)
+        pool = pool_state(bind)
+        lock_timeout = PARENT_WAIT if is_held_by_parent(pool) else None
+        async with transaction_slot(pool):
+            own = TransactionScope(
+                session,
+                side,
+                bind,
+                self._runner.context,
+                self._registry,
+                lock_timeout=lock_timeout,
+            )
+            async with self._ending(own), self._joining(own):
+                await own.begin()
+                yield session
 
     async def _in_own_transaction(self, function: Callable[[Session], T]) -> T:
         async def in_slot(pool: PoolState | None) -> T:

@@ -11,6 +11,7 @@ from sqlalchemy import Table
 from ._codec import Codec
 from ._engine.calls import Call
 from ._engine.retries import logger
+from ._fallback import Fallback
 from ._sql.driver import DriverStatements
 from ._sql.leases import Leases
 from ._sql.results import executed
@@ -31,6 +32,7 @@ class Updates(Tables[S]):
     _codec: Codec
     _rows: Rows
     _isolations: set[bool]
+    _fallback: Fallback | None
     model: type[FSMData]
     table: Table
 
@@ -94,6 +96,12 @@ class Updates(Tables[S]):
         await self.units.write()
 
     async def _execute(self, key: StorageKey, call: Call[T]) -> T:
+        if self._fallback is None:
+            return await self._carry_out(key, call)
+        async with self._fallback.adopted(key, call):
+            return await self._carry_out(key, call)
+
+    async def _carry_out(self, key: StorageKey, call: Call[T]) -> T:
         unit = self.units.find(key)
         if unit is not None:
             with suppress(UnitClosed):

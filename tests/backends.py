@@ -11,6 +11,7 @@ from typing import Any
 
 import pymysql
 import sqlalchemy
+from redis import Redis, RedisError
 from sqlalchemy import URL, Engine, create_engine, make_url
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
@@ -21,6 +22,7 @@ from sqlalchemy.ext.asyncio import (
 from sqlalchemy.orm import scoped_session, sessionmaker
 
 MYSQL_URL = os.environ.get("HYBRID_STORAGE_MYSQL_URL", "mysql://root@127.0.0.1:3306/test")
+REDIS_URL = os.environ.get("HYBRID_STORAGE_REDIS_URL", "redis://127.0.0.1:6379/0")
 POSTGRES_URL = os.environ.get("HYBRID_STORAGE_POSTGRES_URL")
 
 SQLALCHEMY_2_0 = sqlalchemy.__version__.startswith("2.0.")
@@ -78,6 +80,16 @@ def mysql_version() -> str | None:
         return None
     with connection:
         return str(connection.get_server_info())
+
+
+@cache
+def redis_version() -> str | None:
+    """Return the version of the Redis server, None if none answers."""
+    try:
+        with Redis.from_url(REDIS_URL, socket_connect_timeout=5) as client:
+            return str(client.info("server")["redis_version"])
+    except RedisError:
+        return None
 
 
 SQLITE = [

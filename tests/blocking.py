@@ -142,3 +142,17 @@ def sqlite_without_fsync() -> Iterator[None]:
         yield
     finally:
         event.remove(Pool, "connect", connect)
+
+
+@contextmanager
+def listening(engine: Engine, seen: list[tuple[str, Any]]) -> Iterator[None]:
+    """Collect the statements of an engine, with their parameters."""
+
+    def note(_: object, __: object, statement: str, parameters: Any, *___: object) -> None:
+        seen.append((statement, parameters))
+
+    event.listen(engine, "before_cursor_execute", note)
+    try:
+        yield
+    finally:
+        event.remove(engine, "before_cursor_execute", note)

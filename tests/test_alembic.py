@@ -14,7 +14,12 @@ import pytest
 from aiogram.fsm.storage.base import StorageKey
 from alembic import command
 from alembic.config import Config
-from alembic.operations.ops import CreateTableOp, DropTableOp, MigrationScript
+from alembic.operations.ops import (
+    CreateTableOp,
+    DropTableOp,
+    MigrationScript,
+    ModifyTableOps,
+)
 from alembic.script import Script
 from backends import SERVERS, Backend
 from conftest import rows
@@ -56,7 +61,7 @@ class Application:
         class Base(DeclarativeBase):
             pass
 
-        self.base = Base
+        self.base: Any = Base
         self.metadata: MetaData = Base.metadata
         self.name = f"fsm_{uuid.uuid4().hex}"
         self.version_table = f"version_{self.name}"
@@ -68,6 +73,16 @@ class Application:
         self._config.set_main_option("script_location", str(folder / "migrations"))
         self._config.set_main_option("path_separator", "os")
         self._config.attributes.update(metadata=self.metadata, version_table=self.version_table)
+
+    def forget(self) -> None:
+        """Begin the models anew, as the next version of the application does."""
+        metadata = self.metadata
+
+        class Base(DeclarativeBase):
+            pass
+
+        Base.metadata = metadata
+        self.base = Base
 
     async def alembic(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Call a function of ``alembic.command``."""
@@ -158,6 +173,12 @@ def declare_with_isolation(application: Application, backend: Backend) -> Any:
     return storage
 
 
+def declare_with_columns(application: Application, backend: Backend) -> Any:
+    """Declare a table that has the columns to look conversations by."""
+    factory = backend.factory(application.engine)
+    return SQLAlchemyStorage(factory, application.base, application.name, columns=True)
+
+
 def only(kind: type[T], operations: Sequence[object]) -> list[T]:
     """Return operations, which have to be of one kind."""
     found = [operation for operation in operations if isinstance(operation, kind)]
@@ -172,6 +193,7 @@ def only(kind: type[T], operations: Sequence[object]) -> list[T]:
         pytest.param(declare_by_metadata, [""], id="by declare_model"),
         pytest.param(declare_by_model, [""], id="by a model"),
         pytest.param(declare_with_isolation, ["", "_lock"], id="with isolation"),
+        pytest.param(declare_with_columns, [""], id="with columns to look by"),
     ],
 )
 async def test_the_first_revision_creates_what_is_declared_and_the_next_is_empty(
@@ -186,11 +208,13 @@ async def test_the_first_revision_creates_what_is_declared_and_the_next_is_empty
     assert first.upgrade_ops is not None
     assert first.downgrade_ops is not None
     names = [f"{app.name}{suffix}" for suffix in suffixes]
-    created = [each.to_table() for each in only(CreateTableOp, first.upgrade_ops.ops)]
+    operations = [each for each in first.upgrade_ops.ops if not isinstance(each, ModifyTableOps)]
+    created = [each.to_table() for each in only(CreateTableOp, operations)]
     assert sorted(table.name for table in created) == names
     [table] = [table for table in created if table.name == app.name]
     assert [column.name for column in table.columns] == storage.table.columns.keys()
-    dropped = only(DropTableOp, first.downgrade_ops.ops)
+    operations = [each for each in first.downgrade_ops.ops if not isinstance(each, ModifyTableOps)]
+    dropped = only(DropTableOp, operations)
     assert sorted(each.table_name for each in dropped) == names
     assert "hybrid_storage" not in text, "a revision has to run without this package"
 
@@ -225,3 +249,26 @@ async def test_a_table_of_the_storages_own_making_needs_no_revision(
     storage = declare_by_constructor(app, backend)
     await storage.create_table()
     await app.alembic(command.check)
+
+
+async def test_one_revision_adds_the_columns_to_look_by(
+    application: tuple[Application, Backend], key: StorageKey
+) -> None:
+    app, backend = application
+    former = declare_by_constructor(app, backend)
+    await former.create_table()
+    await former.set_state(key, "form:name")
+    await former.set_data(key, {"name": "Ada"})
+    app.metadata.clear()
+    app.forget()
+    storage = declare_with_columns(app, backend)
+    revision, text = await app.revision()
+    assert "hybrid_storage" not in text
+    assert revision.upgrade_ops is not None
+    await app.alembic(command.upgrade, "head")
+    await app.alembic(command.check)
+    assert await storage.get_data(key) == {"name": "Ada"}
+    assert await storage.count() == 0
+    assert await storage.fill_columns() == 1
+    assert [found.key async for found in storage.find(state="form:name")] == [key]
+    await app.alembic(command.downgrade, "base")

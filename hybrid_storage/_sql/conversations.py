@@ -31,6 +31,8 @@ class Where:
     """The states to be in, None for any."""
     idle_for: float | None = None
     """Seconds without a write to any row of the conversation."""
+    unhandled: float | None = None
+    """Seconds of idleness that have not been dealt with."""
 
 
 class Conversations:
@@ -41,9 +43,18 @@ class Conversations:
         self.table: Table = rows.table
         self._alive = rows.lookups.alive
         columns = self.table.c
+        # What is put in order is no write: nothing lives the longer for it.
+        kept = ("written_at", "idle_handled") if "written_at" in columns else ()
+        self._untouched = {name: columns[name] for name in kept}
         self._is_empty = sa.and_(
             columns.state.is_(None), sa.or_(columns.data.is_(None), columns.data == "")
         )
+
+    def row(self, connection: Connection, id: str) -> Any:
+        """Return a row, None if it is not there."""
+        statement = sa.select(self.table).where(self.table.c.id == id, self._alive)
+        rows = executed(connection, statement, {}).rows
+        return rows[0] if rows else None
 
     def page(
         self, connection: Connection, where: Where, after: Any, limit: int
@@ -172,11 +183,18 @@ class Conversations:
         found = executed(connection, statement.order_by(columns.id).limit(limit), {})
         return [id for (id,) in found.rows or ()]
 
+    def handled(self, connection: Connection, conversation: str, after: float) -> None:
+        """Mark a conversation's idleness as dealt with. It is not written to: its time stays."""
+        columns = self.table.c
+        values = {"idle_handled": after, "written_at": columns.written_at}
+        statement = sa.update(self.table).where(columns.conversation == conversation)
+        executed(connection, statement.values(values), {})
+
     def fill(self, connection: Connection, id: str, values: dict[str, Any]) -> None:
         """Fill the columns of a row, which is not written to: its time stays."""
         columns = self.table.c
         statement = sa.update(self.table).where(columns.id == id, columns.conversation.is_(None))
-        executed(connection, statement.values(**values, written_at=columns.written_at), {})
+        executed(connection, statement.values({**values, **self._untouched}), {})
 
     def move(self, connection: Connection, id: str, to: str, values: dict[str, Any]) -> bool:
         """Give a row another id, and the columns that belong to it, unless that id is taken.
@@ -184,7 +202,7 @@ class Conversations:
         :return: whether it was free; otherwise the row is deleted, and what is there stays
         """
         columns = self.table.c
-        values = {**values, "id": to, "written_at": columns.written_at}
+        values = {**values, "id": to, **self._untouched}
         try:
             with connection.begin_nested():
                 statement = sa.update(self.table).where(columns.id == id).values(values)
@@ -202,6 +220,8 @@ class Conversations:
             conditions.append(columns.state.in_(where.states))
         if where.idle_for is not None:
             conditions.append(columns.written_at <= Clock() - where.idle_for)
+        if where.unhandled is not None:
+            conditions.append(columns.idle_handled < where.unhandled)
         return conditions
 
     def _others(self, where: Where) -> list[sa.ColumnElement[bool]]:

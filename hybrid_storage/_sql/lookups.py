@@ -23,7 +23,7 @@ _NEVER = 1e300  # seconds: of rows that have no time
 
 def has_columns(table: Table) -> bool:
     """Tell whether a table has the columns."""
-    return {*FILLED, "written_at"} <= set(table.columns.keys())
+    return {*FILLED, "written_at", "idle_handled"} <= set(table.columns.keys())
 
 
 class Row(NamedTuple):

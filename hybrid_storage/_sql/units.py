@@ -139,9 +139,9 @@ class Units:
         """
         for change in changes:
             self.check(connection, change)
-        if fence is not None and self._leases is not None:
-            if not self._leases.holds(connection, fence, frees=frees):
-                return Outcome.LOST
+        leases = None if fence is None else self._leases
+        if leases and fence and not leases.holds(connection, fence, frees=frees):
+            return Outcome.LOST
         self._sweep(connection, changes)
         if fence is None and changes and isinstance(connection.dialect, SQLiteDialect):
             # A transaction that reads first and writes later fails if another wrote in between.

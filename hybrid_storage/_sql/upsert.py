@@ -15,6 +15,8 @@ from sqlalchemy.exc import IntegrityError
 from .lookups import Row
 from .results import executed
 
+_HOLDS_SOMETHING = 2
+
 
 def is_empty(column: sa.ColumnElement[str | None]) -> sa.ColumnElement[bool]:
     """Return the condition under which a data column stands for no data."""
@@ -67,8 +69,7 @@ class Upsert:
         """
         self._always: sa.Insert | None = None
         self._if_empty: sa.Executable | None = None
-        # MySQL counts 1 for a row inserted and for one found as it was.
-        self._tells = not isinstance(dialect, MySQLDialect)
+        self._tells_by_id = isinstance(dialect, MySQLDialect)
         values: dict[str, Any] = {column: sa.bindparam("_value"), **lookups}
         # An onupdate that is a function of Python's is called for an UPDATE only.
         self._updates_first = any(
@@ -95,8 +96,18 @@ class Upsert:
             value, old = row.inserted[column], table.c[column]
             changes = {name: row.inserted[name] for name in lookups} | _on_update(table)
             self._always = row.on_duplicate_key_update({column: value, **changes})
+            # MySQL counts 1 for a row inserted and for one found as it was. So the last id tells,
+            # by its documented function; it is assigned first, before the column is filled.
+            other = table.c["data" if column == "state" else "state"]
+            note = sa.func.last_insert_id(sa.func.if_(is_empty(old), 1, _HOLDS_SOMETHING))
             filled = sa.func.if_(is_empty(old), value, old)
-            self._if_empty = row.on_duplicate_key_update({column: filled, **changes})
+            self._if_empty = row.on_duplicate_key_update(
+                [
+                    (other.name, sa.func.if_(note, other, other)),
+                    (column, filled),
+                    *changes.items(),
+                ]
+            )
 
     def set(self, connection: sa.Connection, row: Row, value: str) -> None:
         """Set the column to a value."""
@@ -115,7 +126,9 @@ class Upsert:
             return self._update_or_insert(connection, self._update_if_empty, parameters)
         if self._updates_first and _finds(connection, self._update_if_empty, parameters):
             return True
-        return _finds(connection, self._if_empty, parameters) and self._tells
+        if self._tells_by_id:
+            return connection.execute(self._if_empty, parameters).lastrowid != _HOLDS_SOMETHING
+        return _finds(connection, self._if_empty, parameters)
 
     def _update_or_insert(
         self, connection: sa.Connection, statement: sa.Executable, parameters: dict[str, Any]

@@ -10,6 +10,7 @@ from aiogram import Dispatcher
 from aiogram.fsm.context import FSMContext
 from aiogram.fsm.state import State, StatesGroup
 from aiogram.fsm.storage.base import BaseStorage, DefaultKeyBuilder, KeyBuilder, StorageKey
+from aiogram.types import Message
 from anyio import CapacityLimiter
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import MetaData, Table, create_engine, select
@@ -32,7 +33,9 @@ from sqlmodel import SQLModel
 from typing_extensions import assert_type
 
 from hybrid_storage import (
+    ConversationColumns,
     CorruptDataError,
+    FoundConversation,
     FSMData,
     FullKeyBuilder,
     Operations,
@@ -214,3 +217,39 @@ async def use_transactions(key: StorageKey, session: Session, other: AsyncSessio
     assert_type(await storage.run_sync(legacy, "Ada"), list[int])
     assert_type(await storage.run_sync(legacy, name="Ada", age=36), list[int])
     assert_type(await storage.run_sync(storage.operations.get_state, key), str | None)
+
+
+# Conversations
+
+
+class Purchase(StatesGroup):
+    payment = State()
+
+
+async def steer(key: StorageKey, session: Session, message: Message) -> None:
+    async for found in storage.find(state=Purchase.payment, idle_for=60, thread_id=None):
+        assert_type(found, FoundConversation)
+        assert_type(found.data, dict[str, Any])
+    for found in storage.operations.find(session, state=Purchase, destiny=None):
+        assert_type(found.key, StorageKey)
+    assert_type(await storage.count(state=["a", Purchase.payment]), int)
+    assert_type(await storage.count_by_state(bot_id=42), dict[str | None, int])
+    assert_type(await storage.conversation(key), FoundConversation)
+    assert_type(await storage.change_data(key, lambda data: {**data, "a": 1}), dict[str, Any])
+    assert_type(await storage.remove_data(key, "a", "b"), dict[str, Any])
+    assert_type(await storage.change_states(Purchase.payment, user_id=7), int)
+    assert_type(await storage.rename_state(Purchase, "Order", is_group=True), int)
+    assert_type(storage.operations.clear_all(session, chat_id=7), int)
+    assert_type(FullKeyBuilder().parse("42:7:7"), StorageKey)
+    await storage.follow_chat(message)
+
+    async def remind(conversation: FoundConversation) -> None: ...
+
+    await storage.on_idle(after=60, action=remind, isolation=isolation, state=Purchase)
+
+
+class Found(ConversationColumns, FSMData, Base):
+    __tablename__ = "found"
+
+
+assert_type(SQLAlchemyStorage(Local, model=Found, expires_after=60).model, type[Found])

@@ -118,3 +118,16 @@ async def use_inferred_types() -> None:
     async with SQLAlchemyStorage(async_sessionmaker(async_engine)).transaction() as other:
         other.commit()  # E: unused-coroutine
         other.query(NoModel)  # E: attr-defined
+
+
+# Conversations
+
+
+async def steer(storage: SQLAlchemyStorage, key: StorageKey, session: Session) -> None:
+    storage.find(user="7")  # E: call-arg
+    storage.find(user_id="7")  # E: arg-type
+    storage.operations.find(user_id=7)  # E: call-arg
+    await storage.change_data(key, {"a": 1})  # E: arg-type
+    await storage.change_data(key, lambda data: None)  # E: arg-type, return-value
+    await storage.rename_state(1, 2)  # E: arg-type
+    await storage.on_idle(after=60, action=print)  # E: call-arg, arg-type
