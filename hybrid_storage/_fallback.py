@@ -11,8 +11,9 @@ So a conversation that was changed or cleared here is not there any more, and ca
 A process that is killed before step 3 leaves the conversation in both places: what is here counts,
 and the next to ask does step 3.
 
-Inside a transaction of the application's, step 2 is the application's. Until the next call outside,
-the conversation stays there, and here is a row for it: an empty one if it was cleared.
+Inside a transaction of the application's, step 2 is the application's, and step 3 follows its
+commit, or is done by the next call outside. Until then the conversation stays there, and here is a
+row for it: an empty one if it was cleared.
 For ``storage.py``.
 """
 
@@ -22,6 +23,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from aiogram.fsm.storage.base import BaseStorage, KeyBuilder, StorageKey
 from sqlalchemy import Connection
@@ -29,7 +31,7 @@ from sqlalchemy import Connection
 from ._codec import Codec
 from ._engine.access import Access
 from ._engine.calls import Call
-from ._engine.retries import with_retries
+from ._engine.retries import logger, with_retries
 from ._sql.absent import AbsentRows
 from ._sql.changes import Texts
 from ._sql.rows import Rows
@@ -73,6 +75,8 @@ class Fallback:
         self._units = units
         self._transaction = transaction
         self._settled: dict[StorageKey, None] = {}
+        self._pending: WeakKeyDictionary[Any, dict[StorageKey, str]] = WeakKeyDictionary()
+        """What has been moved here in a session, and awaits its commit."""
 
     @asynccontextmanager
     async def adopted(self, key: StorageKey, call: Call[Any]) -> AsyncIterator[None]:
@@ -83,11 +87,15 @@ class Fallback:
         """
         if key in self._settled:
             yield
-        elif self._access.scope() is None:
+            return
+        scope = self._access.scope()
+        if scope is None:
             await self._settle(key, call.row)
             yield
         else:
             is_there = await self._adopt_joined(key, call.row)
+            if is_there:
+                self._pending.setdefault(scope.session, {})[key] = call.row
             yield
             if is_there and call.writes:
                 # A conversation that is cleared must not come back with the next look there.
@@ -96,14 +104,31 @@ class Fallback:
                     await unit.write()
                 await self._write(call.row, partial(self._insert, key, _EMPTY_ROW))
 
+    async def committed(self, session: object) -> None:
+        """Remove there what a transaction has moved here.
+
+        It is committed, so an error is nothing that it could take back: the next call goes on.
+
+        :param session: the transaction's
+        """
+        for key, row in self._pending.pop(session, {}).items():
+            try:
+                await self._settle(key, row)
+            except Exception as error:
+                logger.warning("%r is here, and is not yet removed there: %s", row, error)
+
     async def _settle(self, key: StorageKey, row: str) -> None:
         """Move a conversation here, and remove it there."""
         retry_for, what = self._access.retry_for, f"moving {row!r} here from {self._old!r}"
         is_moved = False
         while not is_moved and not (texts := await self._read(key)).is_empty:
-            with suppress(_Changed):
-                await with_retries(partial(self._adopt, key, row, texts), retry_for, what)
-                is_moved = True
+            read = self._calls.reading(row, partial(self._absent.read, rows=[row]))
+            here = await self._access.execute(read)
+            is_moved = row in here
+            if not is_moved:
+                with suppress(_Changed):
+                    await with_retries(partial(self._adopt, key, row, texts), retry_for, what)
+                    is_moved = True
         if is_moved:
             self._read_anew(key)
             await self._old.set_state(key, None)

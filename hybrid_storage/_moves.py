@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from asyncio import sleep
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +24,8 @@ from .storage import SQLAlchemyStorage
 T = TypeVar("T")
 
 _LISTED = 1000  # refused keys that a report lists: there may be millions
+_LOOKED_AT_AGAIN = 10_000  # conversations that seem to be missing or changed
+_PAUSE = 0.5  # seconds before that
 _MODULUS = 1 << 128
 
 
@@ -207,36 +210,45 @@ class Check:
         self._move = move
         self._missing = self._different = 0
         self._sum = self._target_sum = 0
+        self._again: list[str] = []
 
     async def compare(self, names: Sequence[str]) -> None:
         """Compare a batch."""
-        again = await self._compare(names, is_last=False)
-        if again:  # a bot may have moved them since they were read, and changed or cleared them
-            await self._compare(again, is_last=True)
-
-    async def _compare(self, names: Sequence[str], *, is_last: bool) -> list[str]:
-        again: list[str] = []
         given, _ = await self._move.read(names)
         here = await self._move.here(given)
         for each in given:
             is_same = each.row in here and self._move.is_same(each, here[each.row])
-            if not is_same and not is_last:
-                again.append(each.name)
-            elif not is_same and each.row in here:
-                self._different += 1
+            if not is_same and len(self._again) < _LOOKED_AT_AGAIN:
+                self._again.append(each.name)
             else:
-                self._sum += self._number(each, each.texts)
-                if each.row in here:
-                    self._target_sum += self._number(each, here[each.row])
-                else:
-                    self._missing += 1
-        return again
+                self._count(each, here.get(each.row), is_same=is_same)
+
+    def _count(self, given: Given, here: Texts | None, *, is_same: bool) -> None:
+        if here is not None and not is_same:
+            self._different += 1
+            return
+        self._sum += self._number(given, given.texts)
+        if here is None:
+            self._missing += 1
+        else:
+            self._target_sum += self._number(given, here)
 
     def _number(self, given: Given, texts: Texts) -> int:
         return int.from_bytes(self._move.content(given, texts), "big")
 
-    def finish(self, report: Report) -> None:
-        """Write down what was found."""
+    async def finish(self, report: Report, batch: int) -> None:
+        """Write down what was found.
+
+        A bot may have moved a conversation since it was read, or is about to remove it there.
+        """
+        if self._again:
+            await sleep(_PAUSE)
+        for first in range(0, len(self._again), batch):
+            given, _ = await self._move.read(self._again[first : first + batch])
+            here = await self._move.here(given)
+            for each in given:
+                is_same = each.row in here and self._move.is_same(each, here[each.row])
+                self._count(each, here.get(each.row), is_same=is_same)
         report.missing = self._missing
         report.changed = max(0, self._different - report.different)
         report.checksum = f"{self._sum % _MODULUS:032x}"

@@ -67,5 +67,5 @@ async def migrate(
     check = Check(move)
     async for names in source.names(batch):
         await check.compare(names)
-    check.finish(report)
+    await check.finish(report, batch)
     return report

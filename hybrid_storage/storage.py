@@ -265,3 +265,7 @@ class SQLAlchemyStorage(Idle[S], BaseStorage, Generic[S, M]):
         :param key: the conversation's key
         """
         await self._execute(key, self._calls.clear(key))
+
+    async def _committed(self, session: object) -> None:
+        if self._fallback is not None:
+            await self._fallback.committed(session)

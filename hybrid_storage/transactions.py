@@ -95,6 +95,10 @@ class Transactions(Generic[S]):
             async with self._own_transaction(allow_blocking=allow_blocking) as session:
                 yield cast("S", session)
                 await self.units.write()
+        await self._committed(session)
+
+    async def _committed(self, session: AnySession) -> None:
+        """Do what has to wait for the commit of a ``transaction()``, by its session."""
 
     @asynccontextmanager
     async def using(self, session: AnySession | AnyScopedSession) -> AsyncIterator[None]:

@@ -313,6 +313,18 @@ async def test_a_transaction_that_rolls_back_leaves_it_there(
     assert await storage.get_data(KEY) == DATA
 
 
+async def test_what_a_nested_transaction_has_moved_and_rolled_back_is_not_lost(
+    storage: SQLAlchemyStorage, old: Old, open_another: OpenAnother
+) -> None:
+    async with storage.transaction():
+        with pytest.raises(ZeroDivisionError):
+            async with storage.transaction():
+                assert await storage.get_state(KEY) == STATE
+                raise ZeroDivisionError
+    assert not await old.holds()
+    assert await (await open_another()).get_data(KEY) == DATA
+
+
 async def test_a_nested_transaction_that_rolls_back_leaves_it_to_the_outer_one(
     storage: SQLAlchemyStorage,
 ) -> None:
@@ -331,7 +343,26 @@ async def test_a_transaction_that_clears_it_keeps_it_cleared(
     async with storage.transaction():
         await storage.clear(KEY)
         assert await storage.get_state(KEY) is None
-    assert await old.holds()  # as after a kill: nothing was asked since
+        assert await old.holds()  # it may be rolled back
+    assert not await old.holds()
+    assert await rows(storage) == []
+    asked = old.asked
+    assert await storage.get_state(KEY) is None
+    assert old.asked == asked
+    another = await open_another()
+    assert await another.get_state(KEY) is None
+
+
+async def test_a_process_that_dies_after_the_commit_of_a_transaction_leaves_the_rest_to_the_next(
+    storage: SQLAlchemyStorage, old: Old, open_another: OpenAnother, caplog: Any
+) -> None:
+    old.fails_to_remove = True
+    async with storage.transaction():
+        await storage.clear(KEY)
+    [record] = [each for each in caplog.records if each.name == "hybrid_storage"]
+    assert record.getMessage() == "'42:7:7' is here, and is not yet removed there: gone"
+    assert await old.holds()
+    old.fails_to_remove = False
     another = await open_another()
     assert await another.get_state(KEY) is None
     assert await another.get_data(KEY) == {}

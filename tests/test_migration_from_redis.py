@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import uuid
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,9 @@ from aiogram.fsm.storage.redis import RedisStorage
 from backends import FORKED, REDIS_URL, SERVERS, SQLITE, Backend
 from conftest import Open, rows
 from former import Former, contents, conversations, fill, former
-from migration_worker import Job, main
+from migration_worker import Job, Steps, main
 from sqlalchemy import URL
+from test_readme import run_awaiting
 
 from hybrid_storage import FullKeyBuilder, SQLAlchemyStorage
 from hybrid_storage.migration import Conversation, RedisSource, Refused, Report, migrate
@@ -153,143 +157,177 @@ async def test_letters_that_mean_something_to_redis_are_taken_as_they_are() -> N
         await old.storage.set_state(KEY, None)
 
 
+PAGE = (Path(__file__).parents[1] / "docs" / "migration.md").read_text()
+BLOCKS = re.findall(r"<!-- run: \w+ -->\n```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+async def test_the_examples_of_the_page_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert len(BLOCKS) == PAGE.count("```python") > 0
+    monkeypatch.chdir(tmp_path)
+    prefix = f"fsm_{uuid.uuid4().hex}"
+    made = f'RedisStorage.from_url("{REDIS_URL}", key_builder=builder)'
+    names: dict[str, Any] = {"builder": DefaultKeyBuilder(prefix=prefix)}
+    async with former("redis", URL.create("sqlite"), names["builder"]) as old:
+        await old.storage.set_state(KEY, "Form:name")
+        for block in BLOCKS:
+            code = block.replace('RedisStorage.from_url("redis://localhost")', made)
+            await run_awaiting(code, names)
+        assert await names["storage"].get_state(KEY) == "Form:name"
+        assert await old.storage.get_state(KEY) is None
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.rpartition(". ")[2] for line in printed] == ["Nothing was written", "Verified"]
+    await names["old"].close()
+    names["SessionLocal"].kw["bind"].dispose()
+
+
 # A bot that goes on meanwhile
 
 
 USERS = 150
+KEYS = [StorageKey(bot_id=42, chat_id=user, user_id=user) for user in range(1, USERS + 1)]
+
+
+async def begun(old: Former) -> dict[StorageKey, dict[str, Any]]:
+    """Have all users begin with the former storage, and return their data."""
+    data = {key: {"name": f"user {key.user_id}", "step": key.user_id} for key in KEYS}
+    for key in KEYS:
+        await old.storage.set_state(key, "Form:step")
+        await old.storage.set_data(key, data[key])
+    return data
 
 
 class Users:
-    """Users of a bot, each of whom goes on step by step, and some of whom begin anew."""
+    """Users of a bot, each of whom goes on step by step, and begins anew at times."""
 
-    def __init__(self, storage: SQLAlchemyStorage, isolation: Any) -> None:
-        self._storage = storage
-        self._isolation = isolation
-        self.keys = [StorageKey(bot_id=42, chat_id=n, user_id=n) for n in range(1, USERS + 1)]
-        self.expected: dict[StorageKey, dict[str, Any]] = {}
+    def __init__(self, storage: SQLAlchemyStorage, data: dict[StorageKey, dict[str, Any]]) -> None:
+        self._steps = Steps(storage)
+        self.expected = data
         self.errors: list[str] = []
-        self.steps = 0
+        self.done = 0
         self.are_over = False
 
-    async def begin(self, old: RedisStorage) -> None:
-        """Have been here before."""
-        for key in self.keys:
-            self.expected[key] = {"name": f"user {key.user_id}", "step": key.user_id}
-            await old.set_state(key, "Form:step")
-            await old.set_data(key, self.expected[key])
-
-    async def all_go_on(self) -> None:
-        """Have two of three go on at once, each from some moment on, until all is over."""
-        await asyncio.gather(*(self._goes_on(key) for key in self.keys if key.user_id % 3))
+    async def go_on(self, keys: list[StorageKey]) -> None:
+        """Have some go on at once, each from some moment on, until all is over."""
+        await asyncio.gather(*(self._goes_on(key) for key in keys))
 
     async def _goes_on(self, key: StorageKey) -> None:
         chance = random.Random(key.user_id)
         await asyncio.sleep(chance.random() * 2)
         while not self.are_over or self.expected[key].get("step") == key.user_id:
-            self.steps += 1
-            if self._isolation is None:
-                await self._step(key, chance)
-            else:
-                async with self._isolation.lock(key):
-                    await self._step(key, chance)
+            async with self._steps.update(key):
+                expected, found = self.expected[key], await self._steps.find(key)
+                if found != expected:
+                    self.errors.append(f"{key} has {found} and not {expected}")
+                wanted = (
+                    {} if chance.random() < 0.2 else {**found, "step": found.get("step", 0) + 1}
+                )
+                await self._steps.go_on(key, wanted)
+            self.expected[key] = wanted
+            self.done += 1
             await asyncio.sleep(chance.random() * 0.4)
 
-    async def _step(self, key: StorageKey, chance: random.Random) -> None:
-        expected = self.expected[key]
-        state, data = await self._storage.get_state(key), await self._storage.get_data(key)
-        if (state, data) != ("Form:step" if expected else None, expected):
-            self.errors.append(f"{key} has {state}, {data} and not {expected}")
-        if expected and chance.random() < 0.2:
-            await self._storage.clear(key)
-            self.expected[key] = {}
-        else:
-            step = data.get("step", 0) + 1
-            self.expected[key] = {**expected, "step": step}
-            await self._storage.update_data(key, {"step": step})
-            await self._storage.set_state(key, "Form:step")
 
-
-@pytest.mark.parametrize("unit_of_work", [None, True], ids=["calls", "units"])
-@pytest.mark.parametrize("backend", SERVERS, ids=str)
-async def test_no_step_is_lost_while_the_bot_runs_and_migrations_are_killed(
-    backend: Backend,
-    unit_of_work: bool | None,
-    open_storage: Open,
-    url_of: Callable[[Backend], URL],
-    old: Former,
-) -> None:
+def job_for(
+    backend: Backend, url: URL, storage: SQLAlchemyStorage, old: Former, **more: Any
+) -> Job:
+    """Return what a process has to do."""
     assert isinstance(old.storage, RedisStorage)
     builder = old.storage.key_builder
     assert isinstance(builder, DefaultKeyBuilder)
-    storage = await open_storage(backend, fallback=old.storage)
-    isolation = (
-        None
-        if unit_of_work is None
-        else storage.create_isolation(unit_of_work=unit_of_work, lease=None)
-    )
-    users = Users(storage, isolation)
-    await users.begin(old.storage)
-    job = Job(backend, url_of(backend), storage.table.name, builder.prefix, batch=5)
+    return Job(backend, url, storage.table.name, builder.prefix, **more)
 
-    bot = asyncio.ensure_future(users.all_go_on())
+
+@pytest.mark.parametrize("backend", SERVERS, ids=str)
+async def test_no_step_is_lost_while_the_bot_runs_and_migrations_are_killed(
+    backend: Backend, open_storage: Open, url_of: Callable[[Backend], URL], old: Former
+) -> None:
+    storage = await open_storage(backend, fallback=old.storage)
+    job = job_for(backend, url_of(backend), storage, old)
+    users = Users(storage, await begun(old))
+    away, here = KEYS[::5], [key for key in KEYS if key not in KEYS[::5]]
+    bot = asyncio.ensure_future(users.go_on(here))
     chance = random.Random(backend.name)
     for _ in range(2):
-        killed = await asyncio.to_thread(killed_half_way, job, chance.random() * 0.05)
-        assert killed.found < USERS
-    steps = users.steps
-    last = await asyncio.to_thread(run_to_its_end, job)
-    assert users.steps > steps > 0
+        killed = replace(job, dies_after=chance.random() * 0.05)
+        report, code = await asyncio.to_thread(migrated, killed)
+        assert (code, report.found < USERS) == (-9, True)
+    done = users.done
+    last, code = await asyncio.to_thread(migrated, job)
+    assert users.done > done > 0
     users.are_over = True
     await bot
     assert users.errors == []
-    assert last.verified, last
-    report = await asyncio.to_thread(run_to_its_end, job)  # repeats harmlessly
-    assert report.verified, report
+    assert (code, last.verified) == (0, True), last
+    report, code = await asyncio.to_thread(migrated, job)  # repeats harmlessly
+    assert (code, report.verified) == (0, True), report
     assert (report.moved, report.different, report.refused) == (0, 0, 0)
-    assert report.found == report.same == USERS // 3  # who have not been here since
-    for key, data in users.expected.items():
-        assert await storage.get_data(key) == data
-        assert await storage.get_state(key) == ("Form:step" if data else None)
+    assert report.found == report.same == len(away)
+    assert await contents(storage, KEYS) == {
+        key: ("Form:step" if data else None, data) for key, data in users.expected.items()
+    }
     assert len(await rows(storage)) == sum(map(bool, users.expected.values()))
-    if isolation is not None:
-        await isolation.close()
 
 
-def killed_half_way(job: Job, seconds: float) -> Report:
-    """Run a migration, kill it some time after its first batch, and return its last report."""
-    process, told = started(job)
-    report = told.recv()
-    while report.found < 25:
-        report = told.recv()
-    process.join(seconds)
+@pytest.mark.parametrize("backend", SERVERS, ids=str)
+async def test_no_step_is_lost_when_the_bot_is_killed(
+    backend: Backend, open_storage: Open, url_of: Callable[[Backend], URL], old: Former
+) -> None:
+    """And what it has cleared does not come back: at the next start it finds what it has done.
+
+    What it was about to do when it was killed may be done or not.
+    """
+    storage = await open_storage(backend)
+    job = job_for(backend, url_of(backend), storage, old, keys=KEYS[:60])
+    possible = {key: [data] for key, data in (await begun(old)).items()}
+    for _ in range(4):
+        for what, key, data in await asyncio.to_thread(served_until_killed, job):
+            if what == "wants":
+                possible[key].append(data)
+                continue
+            if what == "found":
+                assert data in possible[key], f"{key} has {data} and not one of {possible[key]}"
+            possible[key] = [data]
+    # As the bot finds it at its next start.
+    last = await open_storage(backend, table_name=storage.model, fallback=old.storage)
+    for key, data in possible.items():
+        assert await last.get_data(key) in data
+    assert (await migrate(old.source, storage)).found == 0
+
+
+def served_until_killed(job: Job) -> list[Any]:
+    """Serve users in a process, kill it after some time, and return what it has told."""
+    process, told = started(job, "serve")
+    heard = [told.recv()]
+    process.join(0.1 + random.random() * 0.4)
     process.kill()
     process.join()
     assert process.exitcode == -9
+    with suppress(EOFError, OSError):
+        while True:
+            heard.append(told.recv())
     told.close()
-    assert isinstance(report, Report)
-    return report
+    return heard
 
 
-def run_to_its_end(job: Job) -> Report:
-    """Run a migration, and return its last report."""
-    process, told = started(job)
+def migrated(job: Job) -> tuple[Report, int]:
+    """Run a migration, and return its last report and the exit code."""
+    process, told = started(job, "move")
     report = None
-    while True:
-        try:
+    with suppress(EOFError, OSError):
+        while True:
             report = told.recv()
-        except EOFError:
-            break
     process.join()
-    assert process.exitcode == 0
     told.close()
     assert isinstance(report, Report)
-    return report
+    return report, process.exitcode
 
 
-def started(job: Job) -> tuple[Any, Connection]:
-    """Start a migration, and return its process and what it tells."""
+def started(job: Job, what: str) -> tuple[Any, Connection]:
+    """Start a process, and return it and what it tells."""
     ours, theirs = FORKED.Pipe(duplex=False)
-    process = FORKED.Process(target=main, args=[job, theirs])
+    process = FORKED.Process(target=main, args=[job, theirs, what])
     process.start()
     theirs.close()
     return process, ours
