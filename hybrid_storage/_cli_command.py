@@ -54,7 +54,8 @@ def parsed(parse: Callable[[str], Any]) -> Callable[[click.Context, click.Parame
     return callback
 
 
-def _key_builder(name: str) -> KeyBuilder:
+def key_builder_of(name: str) -> KeyBuilder:
+    """Return the key builder, or an instance of the class, that ``module:name`` names."""
     sys.path.insert(0, "")  # the command is installed; the bot is in the current folder
     try:
         made = resolve_name(name)
@@ -63,15 +64,15 @@ def _key_builder(name: str) -> KeyBuilder:
         raise ValueError(in_short(error)) from error
 
 
+_URL = click.option(
+    "--url",
+    envvar="HYBRID_STORAGE_URL",
+    show_envvar=True,
+    required=True,
+    callback=parsed(parse_url),
+    help="The database, as SQLAlchemy writes it. A password is safer in the variable.",
+)
 _OF_DATABASES = (
-    click.option(
-        "--url",
-        envvar="HYBRID_STORAGE_URL",
-        show_envvar=True,
-        required=True,
-        callback=parsed(parse_url),
-        help="The database, as SQLAlchemy writes it. A password is safer in the variable.",
-    ),
     click.option(
         "--table",
         default="aiogram_fsm_data",
@@ -81,7 +82,7 @@ _OF_DATABASES = (
     click.option(
         "--key-builder",
         metavar="MODULE:NAME",
-        callback=parsed(_key_builder),
+        callback=parsed(key_builder_of),
         help="The bot's key builder, if it is not FullKeyBuilder.",
     ),
 )
@@ -98,7 +99,7 @@ def with_options(function: Callable[..., None], *options: Callable[[Any], Any]) 
     return function
 
 
-def on_database(function: Callable[..., None]) -> Command:
+def on_database(function: Callable[..., None], url_option: Callable[[Any], Any] = _URL) -> Command:
     """Make a command of a function that gets a :class:`Call` and the command's own arguments."""
 
     @wraps(function)
@@ -110,10 +111,11 @@ def on_database(function: Callable[..., None]) -> Command:
         debug: bool,
         **arguments: Any,
     ) -> None:
-        with exit_codes(Secrets(url), debug):
+        urls = [url, *(each for each in arguments.values() if isinstance(each, URL))]
+        with exit_codes(Secrets(*urls), debug):
             function(Call(url, table, key_builder, Output(as_json)), **arguments)
 
-    return with_options(run, *_OF_DATABASES, *_OF_ALL)
+    return with_options(run, url_option, *_OF_DATABASES, *_OF_ALL)
 
 
 def offline(function: Callable[..., None]) -> Command:
@@ -121,7 +123,7 @@ def offline(function: Callable[..., None]) -> Command:
 
     @wraps(function)
     def run(as_json: bool, debug: bool, **arguments: Any) -> None:
-        with exit_codes(Secrets(None), debug):
+        with exit_codes(Secrets(), debug):
             function(Output(as_json), **arguments)
 
     return with_options(run, *_OF_ALL)

@@ -18,12 +18,12 @@ from sqlalchemy import URL
 
 
 class Secrets:
-    """The passwords of a URL, taken out of whatever is printed."""
+    """The passwords of URLs, taken out of whatever is printed."""
 
-    def __init__(self, url: URL | None) -> None:
+    def __init__(self, *urls: URL) -> None:
         """Remember the passwords in all spellings that an error may quote."""
         words: set[str] = set()
-        if url is not None:
+        for url in urls:
             words |= {url.password or "", url.render_as_string(hide_password=False)}
             for name, value in url.query.items():
                 if "pass" in name or "pwd" in name or "secret" in name:

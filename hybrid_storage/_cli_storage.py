@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -14,7 +15,7 @@ from sqlalchemy.exc import ArgumentError
 from sqlalchemy.schema import CreateIndex, CreateTable, DDLElement
 
 from ._engine.factories import engine_and_factory
-from ._sql.lookups import FILLED
+from ._sql.lookups import COLUMNS
 from ._steps import Batch
 from .model import declare_lock_table, declare_model, table_of
 from .storage import SQLAlchemyStorage
@@ -24,7 +25,6 @@ _POSTGRESQL = ("psycopg", "asyncpg", "psycopg2", "pg8000")
 _MYSQL = ("pymysql", "asyncmy")
 _DRIVERS = {"postgresql": _POSTGRESQL, "mysql": _MYSQL, "mariadb": _MYSQL}
 _MISSING = "table {!r} is missing: create it with `hybrid-storage tables create`"
-COLUMNS = {*FILLED, "written_at"}
 
 
 class CountingStorage(SQLAlchemyStorage[Any, Any]):
@@ -169,5 +169,5 @@ def _rolled_back(step: Callable[[Connection], Batch], connection: Connection) ->
     return batch
 
 
-def _list(names: set[str]) -> str:
+def _list(names: AbstractSet[str]) -> str:
     return ", ".join(sorted(names))

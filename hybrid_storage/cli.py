@@ -14,12 +14,13 @@ import click
 from aiogram.fsm.storage.base import DEFAULT_DESTINY, StorageKey
 
 from ._cli_command import changes, parsed, reads, with_options
+from ._cli_migrate import migrate
 from ._cli_output import Output
 from ._cli_storage import CountingStorage, require
 from ._cli_tables import tables
 from ._codec import CorruptDataError
 from ._sql.lookups import FIELDS, has_columns
-from .finding import Conversation
+from .finding import FoundConversation
 from .keys import FullKeyBuilder
 
 _KEYS = FullKeyBuilder()
@@ -109,7 +110,7 @@ async def list_(
         out.rows([name.replace("_", " ") for name in names], rows)
 
 
-def _document(conversation: Conversation, with_data: bool) -> dict[str, Any]:
+def _document(conversation: FoundConversation, with_data: bool) -> dict[str, Any]:
     key, at = conversation.key, conversation.written_at
     document: dict[str, Any] = {
         "key": _KEYS.build(key),
@@ -150,13 +151,13 @@ async def count(storage: CountingStorage, out: Output, **given: Any) -> None:
 @_with_key
 async def show(storage: CountingStorage, out: Output, key: StorageKey) -> None:
     """Show a conversation: its state and its data."""
-    async with storage.transaction():
-        state, data = await storage.get_state(key), await storage.get_data(key)
-    document = {"key": _KEYS.build(key), "state": state, "data": data}
+    found = await storage.conversation(key)
+    document = {**_document(found, with_data=False), "data": found.data}
     if out.as_json:
         out.result(document, "")
     else:
-        out.rows(["", ""], [(name, _cell(value)) for name, value in document.items()])
+        names = ("key", "state", "written_at", "data")
+        out.rows(["", ""], [(name.replace("_", " "), _cell(document[name])) for name in names])
 
 
 @app.command("set")
@@ -259,3 +260,4 @@ async def fill(storage: CountingStorage) -> int:
 
 
 app.add_command(tables)
+app.add_command(migrate)

@@ -33,7 +33,7 @@ ROOT = Path(__file__).parent.parent
 CTRL_C = "\x03"
 PATIENCE = 60.0  # seconds, nearly all for imports, where other processes want the cores
 SQL = {backend.server: backend for backend in SERVERS if not backend.is_async}
-AGES = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00")
+TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00")
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,10 @@ class Shell:
 
         asyncio.run(write())
         engine = self.engine()
+        columns = "bot_id, chat_id, thread_id, business_connection_id, destiny, written_at, state"
         statement = (
-            f"INSERT INTO {self.table} SELECT bot_id, chat_id, :user, thread_id, "
-            "business_connection_id, destiny, :id, written_at, :id, state, data "
-            f"FROM {self.table} WHERE user_id = 100000"
+            f"INSERT INTO {self.table} ({columns}, user_id, id, conversation) "
+            f"SELECT {columns}, :user, :id, :id FROM {self.table} WHERE user_id = 100000"
         )
         users = range(100_001, 100_000 + number)
         with engine.begin() as connection:
@@ -166,19 +166,25 @@ def test_the_real_command_sees_and_steers_a_database_by_each_driver(
     changed = {"changed": 1, "dry_run": False}
     one = ("42:7:7", "--state", "order:cart", "--data", '{"n": "Ада"}')
     assert shell.done("set", *one, "--dry-run") == {"changed": 1, "dry_run": True}
-    assert shell.done("show", "42:7:7") == {"key": "42:7:7", "state": None, "data": {}}
+    assert shell.done("show", "42:7:7")["state"] is None
     assert shell.done("set", *one) == changed
     assert shell.done("set", *one)["changed"] == 0
     assert shell.done("set", "42:-100:8:thread_id=5", "--state", "order:paid") == changed
-    shown = {"key": "42:7:7", "state": "order:cart", "data": {"n": "Ада"}}
-    assert shell.done("show", "42:7:7") == shown
-
     found = shell.lines("list", "--data")
-    assert AGES.fullmatch(found[1].pop("written_at"))
-    others = {"bot_id": 42, "chat_id": 7, "user_id": 7, "thread_id": None}
-    rest = {"business_connection_id": None, "destiny": "default"}
     assert [each["key"] for each in found] == ["42:-100:8:thread_id=5", "42:7:7"]
-    assert found[1] == {**shown, **others, **rest}
+    assert found[1] == shell.done("show", "42:7:7")
+    assert TIME.fullmatch(found[1].pop("written_at"))
+    assert found[1] == {
+        "key": "42:7:7",
+        "bot_id": 42,
+        "chat_id": 7,
+        "user_id": 7,
+        "thread_id": None,
+        "business_connection_id": None,
+        "destiny": "default",
+        "state": "order:cart",
+        "data": {"n": "Ада"},
+    }
     assert shell.lines("list", "--thread", "5", "--limit", "1")[0]["user_id"] == 8
     by_state = [{"state": "order:cart", "count": 1}, {"state": "order:paid", "count": 1}]
     assert shell.done("count") == {"total": 2, "states": by_state}
@@ -265,12 +271,15 @@ def test_a_group_is_found_with_the_groups_in_it(shell: Shell) -> None:
 
 
 def test_set_changes_what_it_is_told_and_no_more(shell: Shell) -> None:
-    shell.done("set", "1:2:3", "--state", "a", "--data", '{"a": 1}')
-    shell.done("set", "1:2:3", "--state", "b")
-    assert shell.done("show", "1:2:3") == {"key": "1:2:3", "state": "b", "data": {"a": 1}}
-    shell.done("set", "1:2:3", "--no-state")
-    assert shell.done("show", "1:2:3") == {"key": "1:2:3", "state": None, "data": {"a": 1}}
-    shell.done("set", "1:2:3", "--data", "{}")
+    for arguments, state, data in [
+        (["--state", "a", "--data", '{"a": 1}'], "a", {"a": 1}),
+        (["--state", "b"], "b", {"a": 1}),
+        (["--no-state"], None, {"a": 1}),
+        (["--data", "{}"], None, {}),
+    ]:
+        shell.done("set", "1:2:3", *arguments)
+        shown = shell.done("show", "1:2:3")
+        assert (shown["state"], shown["data"]) == (state, data)
     assert shell.number() == 0
 
 
@@ -449,6 +458,39 @@ def on_terminal(shell: Shell, *arguments: str, answer: str) -> tuple[int, str]:
         command.wait(PATIENCE)
     os.close(master)
     return command.returncode, said.decode()
+
+
+def test_a_table_of_the_former_package_is_moved(open_shell: Open) -> None:
+    old = open_shell(SQLITE[0], "--no-columns", "--no-lock-table")
+    new = open_shell(SQLITE[0], "--columns")
+    engine = old.engine()
+    with engine.begin() as connection:
+        rows = "('fsm:7:7', 'a', '{\"n\": 1}'), ('fsm:-1:8', 'b', NULL), ('lost', 'a', NULL)"
+        connection.execute(text(f"INSERT INTO {old.table} (id, state, data) VALUES {rows}"))
+    engine.dispose()
+    urls = [each.url.render_as_string() for each in (old, new)]
+    command = ["migrate", *urls, "--source-table", old.table, "--bot", "42"]
+    would = new.done(*command, "--dry-run")
+    assert (would["found"], would["moved"], would["refused"]) == (3, 2, 1)
+    assert new.number() == 0
+    done = new.run(*command)
+    assert done.exit_code == 0
+    assert done.stdout.endswith(" Verified\n")
+    assert done.stderr.startswith("lost: ")
+    assert [each["key"] for each in new.lines("list")] == ["42:-1:8", "42:7:7"]
+    assert new.done(*command)["same"] == 2
+    new.done("set", "42:7:7", "--state", "changed")
+    assert new.done(*command)["different"] == 1
+    missing = new.run("migrate", *urls, "--source-table", "nothing")
+    assert (missing.exit_code, "table 'nothing' is missing" in missing.stderr) == (1, True)
+
+
+def test_a_redis_that_is_away_is_told_without_its_password(shell: Shell) -> None:
+    source = f"redis://:{PASSWORD}@127.0.0.1:1/0"
+    result = shell.run("migrate", source, shell.url.render_as_string(), "--bot", "42")
+    assert result.exit_code == 1
+    assert "Connection" in result.stderr
+    assert not any(spelled in result.output for spelled in SPELLED)
 
 
 def test_on_a_terminal_it_asks_first_and_shows_tables(shell: Shell) -> None:

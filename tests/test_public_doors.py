@@ -77,6 +77,7 @@ ORDER = [
     "_cli_storage",
     "_cli_command",
     "_cli_tables",
+    "_cli_migrate",
     "cli",
     "__main__",
 ]
