@@ -58,7 +58,7 @@ class Output:
             for cells in texts:
                 click.echo("\t".join(cells))
             return
-        table = Table(*names)
+        table = Table(*names, show_header=any(names))
         for cells in texts:
             table.add_row(*(Text(cell) for cell in cells))
         Console().print(table)

@@ -465,6 +465,7 @@ def test_a_table_of_the_former_package_is_moved(open_shell: Open) -> None:
     new = open_shell(SQLITE[0], "--columns")
     engine = old.engine()
     with engine.begin() as connection:
+        # The last one is no key.
         rows = "('fsm:7:7', 'a', '{\"n\": 1}'), ('fsm:-1:8', 'b', NULL), ('lost', 'a', NULL)"
         connection.execute(text(f"INSERT INTO {old.table} (id, state, data) VALUES {rows}"))
     engine.dispose()
