@@ -61,7 +61,9 @@ def state_index(table_name: str) -> Index:
 
     :param table_name: the model's
     """
-    return Index(f"ix_{table_name}_state", "state", "id", mysql_length={"state": 191})
+    length = {"state": 191}  # SQLAlchemy takes MariaDB for another dialect if the URL names it
+    name = f"ix_{table_name}_state"
+    return Index(name, "state", "id", mysql_length=length, mariadb_length=length)
 
 
 def values_of(key: StorageKey, conversation: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from sqlalchemy import Connection
 from typing_extensions import Unpack
 
 from ._codec import Change
-from ._steps import Step, Steps
+from ._steps import Batch, Step, Steps
 from .conversations import Parse
 from .finding import Filters, FoundConversation
 from .operations import without
@@ -191,13 +191,15 @@ class Steering(Updates[S]):
         changed, after = 0, None
         try:
             while True:
-                call = self._calls.writing(
-                    "conversations", partial(step, after), in_transaction=True
-                )
-                batch = await self._access.execute(call)
+                batch = await self._batch(partial(step, after))
                 changed += batch.changed
                 if not batch.rows:
                     return changed
                 after = batch.rows[-1]
         finally:
             self.units.forget()
+
+    async def _batch(self, step: Callable[[Connection], Batch]) -> Batch:
+        """Do one batch, in a transaction of its own. The command overrides this to count."""
+        call = self._calls.writing("conversations", step, in_transaction=True)
+        return await self._access.execute(call)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import re
+import sys
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from aiogram.fsm.storage.base import DefaultKeyBuilder, StorageKey
 from aiogram.fsm.storage.redis import RedisStorage
 from backends import FORKED, REDIS_URL, SERVERS, SQLITE, Backend
+from click.testing import CliRunner
 from conftest import Open, rows
 from former import Former, contents, conversations, fill, former
 from migration_worker import Job, Steps, main
@@ -24,6 +28,7 @@ from sqlalchemy import URL
 from test_readme import run_awaiting
 
 from hybrid_storage import FullKeyBuilder, SQLAlchemyStorage
+from hybrid_storage.cli import app
 from hybrid_storage.migration import Conversation, RedisSource, Refused, Report, migrate
 
 KEY = StorageKey(bot_id=42, chat_id=7, user_id=7)
@@ -350,3 +355,28 @@ async def test_the_time_that_is_left_becomes_an_age(
     assert await storage.count(state="Form:name") == 2
     assert [found.key async for found in storage.find(idle_for=3600)] == [KEY]
     assert await storage.count(idle_for=3 * 3600) == 0
+
+
+async def test_the_command_moves_what_is_in_redis(
+    old: Former, url_of: Callable[[Backend], URL], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(old.storage, RedisStorage)
+    await old.storage.set_state(KEY, "order:paid")
+    await old.storage.set_data(KEY, {"n": 1})
+    module = ModuleType("shop_keys")
+    vars(module)["builder"] = old.storage.key_builder
+    monkeypatch.setitem(sys.modules, "shop_keys", module)
+    url = url_of(SQLITE[0]).render_as_string()
+
+    async def command(*arguments: str) -> Any:
+        result = await asyncio.to_thread(CliRunner().invoke, app, [*arguments, "--json"])
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    await command("tables", "create", "--url", url)
+    by = ("--source-key-builder", "shop_keys:builder")
+    for more, verified in (["--dry-run"], False), ([], True):
+        report = await command("migrate", REDIS_URL, url, *by, *more)
+        assert (report["moved"], report["verified"]) == (1, verified)
+    shown = await command("show", "42:7:7", "--url", url)
+    assert (shown["state"], shown["data"]) == ("order:paid", {"n": 1})

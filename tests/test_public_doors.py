@@ -73,6 +73,13 @@ ORDER = [
     "_moves",
     "migration",
     "testing",
+    "_cli_output",
+    "_cli_storage",
+    "_cli_command",
+    "_cli_tables",
+    "_cli_migrate",
+    "cli",
+    "__main__",
 ]
 
 

@@ -252,4 +252,6 @@ def _is_in(state: sa.Column[Any], name: str, is_group: bool) -> sa.ColumnElement
     if not is_group:
         return state == name
     escaped = name.replace(_ESCAPE, 2 * _ESCAPE).replace("%", r"\%").replace("_", r"\_")
-    return state.like(f"{escaped}:%", escape=_ESCAPE)
+    # SQLite's LIKE takes "a" and "A" for the same.
+    is_exact = sa.func.substr(state, 1, len(name) + 1) == f"{name}:"
+    return sa.and_(state.like(f"{escaped}:%", escape=_ESCAPE), is_exact)
