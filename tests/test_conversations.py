@@ -161,9 +161,9 @@ async def test_units_of_work_fill_the_columns(
 ) -> None:
     storage = await open_storage(backend, columns=True)
     async with running(storage, lease) as bot:
+        key = key_of(8, thread_id=5, business_connection_id="b:1")
         for number in range(2):  # rows that are new, and rows that are not
-            async with bot.update(key_of(8, thread_id=5, business_connection_id="b:1")) as _:
-                key = key_of(8, thread_id=5, business_connection_id="b:1")
+            async with bot.update(key):
                 await bot.storage.set_state(key, f"state {number}")
                 await bot.storage.set_data(replace(key, destiny="dialog"), {"number": number})
         found = [each async for each in storage.find(user_id=8, destiny=None)]

@@ -23,6 +23,7 @@ async def test_the_examples_of_the_page_run(
     assert len(BLOCKS) == PAGE.count("```python") > 0
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "conversations"}
+    answers = Answers()
     key, other = StorageKey(42, 7, 7), StorageKey(42, 8, 8)
     for block in BLOCKS:
         if "storage.find(" in block and "idle_for" in block:
@@ -34,7 +35,7 @@ async def test_the_examples_of_the_page_run(
             data = await names["storage"].get_data(key)
             assert data == {"product": "tea", "visits": 1}
         if "bot = Bot" in block:
-            names["bot"] = Bot("42:TEST", session=(answers := Answers()))
+            names["bot"] = Bot("42:TEST", session=answers)
     printed = capsys.readouterr().out
     assert "0 rows filled\n2\n{'Order:payment': 2}\n7\n8\n" in printed
     assert printed.endswith("Purchase:payment: 1\n")  # the other one was stuck

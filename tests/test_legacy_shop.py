@@ -6,16 +6,16 @@ import ast
 import asyncio
 import html
 import importlib
+import json
 import os
 import re
-import shutil
 import signal
 import struct
 import subprocess
 import sys
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.request import urlopen
@@ -24,11 +24,10 @@ import anyio
 import pytest
 from aiogram import Bot
 from aiogram.types import Update
+from browser import HAS_BROWSER, PATIENCE, Browser, chromium
 from selenium import webdriver
 from selenium.webdriver.common.by import By
-from selenium.webdriver.support.expected_conditions import staleness_of
-from selenium.webdriver.support.ui import Select, WebDriverWait
-from sqlalchemy import URL, Connection, create_engine
+from sqlalchemy import URL, Connection, insert, update
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import QueuePool
 from test_readme import Answers, message
@@ -40,13 +39,8 @@ if TYPE_CHECKING:
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FOLDER = EXAMPLES / "legacy_shop"
-PICTURE = FOLDER / "admin.png"
+PICTURE = EXAMPLES.parent / "docs" / "images" / "admin-flask.png"
 README = (FOLDER / "README.md").read_text()
-PATIENCE = 120  # seconds: what hangs is to fail its test, not to stop the run
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-CHROMEDRIVER = shutil.which("chromedriver")
-HAS_BROWSER = CHROMIUM is not None and CHROMEDRIVER is not None
 
 USER = 7  # of the stand-in of the Bot API
 FORM = ["/start", "1", "3", "221b Baker Street"]
@@ -69,24 +63,13 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Return the URL of an empty database."""
     if request.param == "sqlite":
-        yield f"sqlite:///{tmp_path / 'shop.db'}"
-        return
-    url = request.getfixturevalue("postgres_url")
+        return f"sqlite:///{tmp_path / 'shop.db'}"
+    url = request.getfixturevalue("postgres_database")
     assert isinstance(url, URL)
-    url = url.set(drivername="postgresql+psycopg")
-    name = f"shop_{uuid.uuid4().hex}"
-    server = create_engine(url, isolation_level="AUTOCOMMIT")
-    try:
-        with server.connect() as connection:
-            connection.exec_driver_sql(f"CREATE DATABASE {name}")
-        yield url.set(database=name).render_as_string(hide_password=False)
-        with server.connect() as connection:
-            connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
-    finally:
-        server.dispose()
+    return url.render_as_string(hide_password=False)
 
 
 @pytest.fixture
@@ -393,6 +376,11 @@ def lock(connection: Connection) -> None:
 class Pages(Protocol):
     """The shop's pages, in front of somebody."""
 
+    @property
+    def text(self) -> str:
+        """The text of the open page."""
+        ...
+
     def read(self, path: str) -> str:
         """Open a page, and return its text."""
         ...
@@ -404,43 +392,23 @@ class Pages(Protocol):
         """Fill in the open page's form, press its button, and return the text of what comes."""
         ...
 
+    def reset(self, *ids: str) -> str:
+        """Tick conversations in the open list, reset them, and return the text of what comes."""
+        ...
 
-class Browser:
-    """Pages in a browser.
 
-    :param driver: the browser
-    :param url: where the shop is
-    """
+class BrowserPages(Browser):
+    """Pages in a browser."""
 
-    def __init__(self, driver: webdriver.Chrome, url: str) -> None:
-        self.driver = driver
-        self._url = url
-
-    def _text(self) -> str:
-        return " ".join(self.driver.find_element(By.TAG_NAME, "body").text.split())
-
-    def _click(self, selector: str) -> None:
+    def reset(self, *ids: str) -> str:
+        for id in ids:
+            self.click(f"input.action-checkbox[value='{id}']")
+        self.driver.find_element(By.LINK_TEXT, "With selected").click()
         page = self.driver.find_element(By.TAG_NAME, "html")
-        self.driver.find_element(By.CSS_SELECTOR, selector).click()
-        WebDriverWait(self.driver, PATIENCE, poll_frequency=0.05).until(staleness_of(page))
-
-    def read(self, path: str) -> str:
-        self.driver.get(self._url + path)
-        return self._text()
-
-    def follow(self, link: str) -> None:
-        self._click(f'a[href^="{link}"]')
-
-    def submit(self, **fields: str) -> str:
-        for name, value in fields.items():
-            field = self.driver.find_element(By.NAME, name)
-            if field.tag_name == "select":
-                Select(field).select_by_value(value)
-            else:
-                field.clear()
-                field.send_keys(value)
-        self._click("form[method=post i] :is(button, input[type=submit])")
-        return self._text()
+        self.click("a[onclick*=reset]")
+        self.driver.switch_to.alert.accept()
+        self.wait_for_another(page)
+        return self.text
 
 
 class Client:
@@ -458,6 +426,10 @@ class Client:
         assert response.status_code == 200
         self._path = response.request.full_path
         self._page = response.text
+        return self.text
+
+    @property
+    def text(self) -> str:
         unseen = r"<title>.*?</title>|<script.*?</script>|<[^>]*>"
         text = html.unescape(re.sub(unseen, " ", self._page, flags=re.DOTALL))
         return " ".join(text.split())
@@ -475,33 +447,25 @@ class Client:
         assert form is not None
         action = re.search(r'action="([^"]+)"', form[0])
         path = html.unescape(action[1]) if action else self._path
-        return self._open(self._client.post(path, data=fields, follow_redirects=True))
+        return self._post(path, {**self._hidden(), **fields})
+
+    def reset(self, *ids: str) -> str:
+        fields = {**self._hidden(), "action": "reset", "rowid": list(ids)}
+        return self._post("/admin/conversation/action/", fields)
+
+    def _hidden(self) -> dict[str, str]:
+        fields = re.findall(r'<input[^>]*name="csrf_token"[^>]*value="([^"]*)"', self._page)
+        return {"csrf_token": fields[0]} if fields else {}
+
+    def _post(self, path: str, data: dict[str, Any]) -> str:
+        return self._open(self._client.post(path, data=data, follow_redirects=True))
 
 
 @pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
     """Return a browser without a window."""
-    assert CHROMIUM is not None
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in (
-        "headless",
-        "no-sandbox",
-        "disable-gpu",
-        "disable-quic",
-        "no-first-run",
-        "disable-background-networking",
-        "disable-component-update",
-        "disable-sync",
-        "window-size=1000,600",
-        f"user-data-dir={tmp_path_factory.mktemp('chromium')}",
-    ):
-        options.add_argument(f"--{argument}")
-    driver = webdriver.Chrome(options, webdriver.ChromeService(CHROMEDRIVER))
-    try:
+    with chromium(tmp_path_factory.mktemp("chromium")) as driver:
         yield driver
-    finally:
-        driver.quit()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -524,8 +488,8 @@ def pages(shop: None, request: pytest.FixtureRequest) -> Iterator[Pages]:
         yield Client(app.test_client())
     else:
         with serving() as url:
-            driver: webdriver.Chrome = request.getfixturevalue("chromium")
-            yield Browser(driver, url)
+            driver: webdriver.Chrome = request.getfixturevalue("driver")
+            yield BrowserPages(driver, url)
             driver.get("about:blank")  # and no connection to the server that ends
 
 
@@ -539,36 +503,148 @@ def test_customers_order_on_the_page_too(pages: Pages) -> None:
     assert books() == ALL_SOLD
 
 
-async def test_the_admin_pages_show_the_shop_and_the_conversations(
-    chat: BotAPI, pages: Pages, tmp_path: Path
-) -> None:
-    from legacy_shop.shop.database import engine
-    from legacy_shop.storage import conversation, storage
-
+async def test_the_admin_pages_show_the_shop(chat: BotAPI, pages: Pages) -> None:
     await fill_in(chat)
     await ask(chat, "BIRTHDAY")
-    await ask(chat, "/start")
-    await ask(chat, "2")
-    with Session(engine) as session, session.begin():
-        for user, state in ((1001, "product"), (1002, "payment"), (1003, "paid")):
-            storage.operations.set_state(session, conversation(user), f"Checkout:{state}")
-        form = {"product": 2, "quantity": 1, "address": "1 Main Street"}
-        storage.operations.set_data(session, conversation(1002), form)
-        storage.operations.set_data(session, conversation(1003), {"order": 1})
 
     assert "Tea 3 221b Baker Street 1350" in pages.read("/admin/order/")
     assert "Order 1 BIRTHDAY 1350" in pages.read("/admin/payment/")
     assert "Tea 450" in pages.read("/admin/product/")
     assert "BIRTHDAY 3650" in pages.read("/admin/giftcard/")
-    text = pages.read("/admin/conversation/")
-    assert "List (4)" in text
-    assert '42:7:7 Checkout:quantity {"product": 2}' in text
-    assert '42:1003:1003 Checkout:paid {"order": 1}' in text
+
+
+HOUR, DAY, WEEK = 3600, 86400, 604800
+LIST = "/admin/conversation/"
+
+
+@pytest.fixture
+def silent(shop: None) -> None:
+    """Have four customers fall silent: now, 2 hours, 3 days and 8 days ago.
+
+    The last one has a dialog whose stack was written to now.
+    """
+    from legacy_shop.shop.database import engine
+    from legacy_shop.storage import Conversation, conversation, storage
+
+    order = {"product": 2, "quantity": 1, "address": "Straße 1"}
+    users: dict[int, tuple[str, dict[str, Any], int]] = {
+        1001: ("product", {}, 0),
+        1002: ("payment", order, 2 * HOUR),
+        1003: ("paid", {"order": 1}, 3 * DAY),
+        1004: ("address", {"product": 1, "quantity": 3}, 8 * DAY),
+        1005: ("payment", order, 8 * DAY),
+    }
+    with Session(engine) as session, session.begin():
+        for user, (state, data, _) in users.items():
+            storage.operations.set_state(session, conversation(user), f"Checkout:{state}")
+            storage.operations.set_data(session, conversation(user), data)
+        stack = replace(conversation(1005), destiny="aiogd:stack:")
+        storage.operations.set_data(session, stack, {"id": ""})
+        for user, (_, _, age) in users.items():
+            session.execute(
+                update(Conversation)
+                .where(Conversation.id == f"42:{user}:{user}")
+                .values(written_at=Conversation.written_at - age)
+            )
+
+
+def test_the_admin_page_lists_conversations_with_the_last_to_be_written_first(
+    silent: None, pages: Pages
+) -> None:
+    text = pages.read(LIST)
+
+    assert "List (6)" in text
+    assert re.search(
+        r"42 1002 1002 default Checkout:payment [-\d]{10} \d\d:\d\d UTC, 2:00 h ago", text
+    )
+    assert '{"product": 2, "quantity": 1, ' in text
+    assert re.search(r"Checkout:paid [-\d]{10} \d\d:\d\d UTC, 3 days, 0:00 h ago", text)
+    assert text.index("42 1001") < text.index("42 1002") < text.index("42 1003")
+
+
+@pytest.mark.parametrize(
+    ("query", "users"),
+    [
+        ("search=payment", {1002, 1005}),
+        ("flt0_state_equals=Checkout:payment", {1002, 1005}),
+        ("flt0_user_id_equals=1003", {1003}),
+        (f"flt0_idle_for_at_least={HOUR}", {1002, 1003, 1004}),
+        (f"flt0_idle_for_at_least={DAY}", {1003, 1004}),
+        (f"flt0_idle_for_at_least={WEEK}", {1004}),
+        (f"flt0_idle_for_at_least={HOUR}&flt1_state_equals=Checkout:payment", {1002}),
+    ],
+)
+def test_the_admin_page_finds_conversations_by_state_and_age(
+    silent: None, pages: Pages, query: str, users: set[int]
+) -> None:
+    """User 1005 is not idle: a row of the same conversation was written to."""
+    text = pages.read(f"{LIST}?{query}")
+
+    assert {int(user) for user in re.findall(r"42 (\d{4}) ", text)} == users
+    assert f"List ({len(users)})" in text
+
+
+@pytest.mark.parametrize("value", ["1", "nan", "9" * 400, "week"])
+def test_the_admin_page_refuses_ages_that_it_does_not_offer(
+    silent: None, pages: Pages, value: str
+) -> None:
+    assert "Invalid Filter Value" in pages.read(f"{LIST}?flt0_idle_for_at_least={value}")
+
+
+def test_the_admin_page_of_a_conversation_shows_its_data_in_lines(
+    silent: None, pages: Pages
+) -> None:
+    pages.read(LIST)
+    pages.follow("/admin/conversation/details/?id=42:1002:1002")
+
+    assert '{ "product": 2, "quantity": 1, "address": "Straße 1" }' in pages.text
     if isinstance(pages, Browser):
-        # SCREENSHOT=examples/legacy_shop/admin.png takes the README's picture anew
-        picture = Path(os.getenv("SCREENSHOT", tmp_path / "admin.png"))
-        pages.driver.save_screenshot(picture)
-    assert "List (1)" in pages.read("/admin/conversation/?search=payment")
+        shown = pages.driver.find_element(By.TAG_NAME, "pre").text
+        assert json.loads(shown)["address"] == "Straße 1"
+        assert shown.count("\n") == 4
+
+
+def test_the_admin_page_shows_data_that_nobody_can_read(shop: None, pages: Pages) -> None:
+    from legacy_shop.shop.database import engine
+    from legacy_shop.storage import Conversation
+
+    with Session(engine) as session, session.begin():
+        session.execute(insert(Conversation).values(id="42:1:1", data="<b>{", written_at=None))
+
+    text = pages.read(f"{LIST}details/?id=42:1:1")
+    assert "unknown" in text
+    assert "<b>{" in html.unescape(text)
+
+
+def test_the_admin_page_resets_the_conversations_that_are_ticked(
+    silent: None, pages: Pages
+) -> None:
+    pages.read(f"{LIST}?flt0_idle_for_at_least={DAY}")
+    if isinstance(pages, Browser):
+        # SCREENSHOTS=docs/images takes the README's picture anew
+        pages.take_picture(PICTURE.name)
+    text = pages.reset("42:1003:1003", "42:1004:1004")
+
+    assert "2 reset." in text
+    assert state_and_data(1003) == state_and_data(1004) == (None, {})
+    assert state_and_data(1002)[0] == "Checkout:payment"
+    assert "List (4)" in pages.read(LIST)
+
+
+def test_no_other_site_can_reset_conversations_or_delete_or_edit_them(
+    silent: None, shop: None
+) -> None:
+    from legacy_shop.support import app
+
+    client = app.test_client()
+    for path, fields in (
+        ("action/", {"action": "reset", "rowid": "42:1002:1002"}),
+        ("action/", {"action": "delete", "rowid": "42:1002:1002"}),
+        ("delete/", {"id": "42:1002:1002"}),
+        ("edit/?id=42:1002:1002", {"state": "Checkout:paid", "data": "{}"}),
+    ):
+        client.post(LIST + path, data=fields)
+    assert state_and_data(1002)[0] == "Checkout:payment"
 
 
 async def test_an_edit_on_the_admin_page_is_what_the_bot_sees_next(
@@ -576,12 +652,14 @@ async def test_an_edit_on_the_admin_page_is_what_the_bot_sees_next(
 ) -> None:
     await fill_in(chat)
 
-    pages.read("/admin/conversation/")
+    pages.read(LIST)
     pages.follow("/admin/conversation/edit/?id=42:7:7")
     text = pages.submit(state="Checkout:address", data='{"product": 2, "quantity": 2}')
 
     assert "successfully saved" in text
-    assert '42:7:7 Checkout:address {"product": 2, "quantity": 2}' in text
+    assert re.search(
+        r'42 7 7 default Checkout:address .* ago \{"product": 2, "quantity": 2\}', text
+    )
     assert (await ask(chat, "Elsewhere")).startswith("That makes 14.40.")
     await ask(chat, "BIRTHDAY")
     assert books()["orders"] == [("Coffee", 2, "Elsewhere")]
@@ -708,10 +786,10 @@ def test_the_shop_is_as_old_code_is() -> None:
 
 
 def test_the_readme_shows_a_picture_of_the_admin_page() -> None:
-    assert f"]({PICTURE.name})" in README
+    assert f"](../../docs/images/{PICTURE.name})" in README
     start = PICTURE.read_bytes()[:24]
     assert start[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", start[16:])
-    assert 800 <= width <= 1200
+    assert 800 <= width <= 1280
     assert 300 <= height <= 800
     assert PICTURE.stat().st_size < 100_000

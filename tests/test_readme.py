@@ -239,6 +239,22 @@ async def test_the_recipes_of_the_legacy_page_run(
     close_engines()
 
 
+def test_the_admin_page_of_the_docs_quotes_the_examples_and_describes_its_pictures() -> None:
+    page = (ROOT / "docs" / "admin.md").read_text()
+    quotes = re.findall(r"<!-- from: (\S+) -->\n```python\n(.*?)```", page, re.DOTALL)
+    assert len(quotes) == page.count("```python") > 0
+    for name, code in quotes:
+        assert code in (ROOT / name).read_text()
+    pictures = re.findall(r"!\[(.+)\]\((.+)\)", page)
+    assert {name for _, name in pictures} == {
+        "images/admin-flask.png",
+        "images/admin-starlette.png",
+    }
+    for text, name in pictures:
+        assert len(text) > 50
+        assert (ROOT / "docs" / name).stat().st_size < 150_000
+
+
 def test_the_two_starts_differ_by_the_factory_alone() -> None:
     sync, asynchronous = (set(code.splitlines()) for code in STARTS)
     assert {line for line in sync ^ asynchronous if "import" not in line} == {

@@ -352,10 +352,11 @@ async def test_a_childs_lock_waits_for_the_end_of_its_parents_transaction(
                 await go.wait()
                 await bot.storage.set_state(ANOTHER, "child")
 
+        tasks: list[asyncio.Task[None]] = []
         try:
             async with bot.storage.transaction():
                 await bot.storage.set_state(KEY, "parent")
-                task = asyncio.create_task(child())
+                tasks.append(asyncio.create_task(child()))
                 await asyncio.sleep(0.1)
                 assert not entered.is_set()
                 if fails:
@@ -368,7 +369,7 @@ async def test_a_childs_lock_waits_for_the_end_of_its_parents_transaction(
             async with impatient.lock(ANOTHER):
                 pytest.fail("two were inside")
         go.set()
-        await task
+        await asyncio.gather(*tasks)
         assert await bot.stored(ANOTHER) == ("child", {})
         assert await bot.stored() == ("Form:name" if fails else "parent", BEFORE[1])
 
@@ -491,16 +492,17 @@ async def test_a_task_that_is_started_in_a_block_is_undone_with_it(bot: Bot) -> 
 
     async with bot.update(), bot.storage.transaction():
         at_once, late = asyncio.Event(), asyncio.Event()
+        tasks: list[asyncio.Task[None]] = []
         with pytest.raises(LookupError):
             async with bot.storage.transaction():
                 inside = asyncio.create_task(child("undone", at_once))
-                task = asyncio.create_task(child("late", late))
+                tasks.append(asyncio.create_task(child("late", late)))
                 at_once.set()
                 await inside
                 raise LookupError
         assert await bot.storage.get_state(HISTORY) is None
         late.set()
-        await task
+        await asyncio.gather(*tasks)
     assert await bot.stored(HISTORY) == ("late", {})
 
 

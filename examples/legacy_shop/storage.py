@@ -8,13 +8,18 @@ from typing import Any
 
 from aiogram.fsm.storage.base import StorageKey
 
-from hybrid_storage import SQLAlchemyStorage
+from hybrid_storage import ConversationColumns, FSMData, SQLAlchemyStorage
 
 from .shop.database import Base, Session
 
 BOT_TOKEN = os.getenv("BOT_TOKEN", "42:stand-in")
 
-storage = SQLAlchemyStorage(Session, Base, "conversation")
+
+class Conversation(ConversationColumns, FSMData, Base):
+    __tablename__ = "conversation"
+
+
+storage = SQLAlchemyStorage(Session, model=Conversation)
 # The bot has one process. Leave out lease=None if you run several.
 isolation = storage.create_isolation(lease=None, unit_of_work=True)
 

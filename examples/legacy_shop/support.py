@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 
 from flask import redirect, render_template_string, url_for
-from flask_admin.contrib.sqla import ModelView
 from werkzeug import Response
 from wtforms import Field, Form, TextAreaField, ValidationError
 
+from .conversations import ConversationView
 from .shop.database import Session
 from .shop.web import admin, app
-from .storage import conversation, storage
+from .storage import Conversation, conversation, storage
 
 __all__ = ["app"]  # flask --app legacy_shop.support run
 
@@ -26,16 +26,14 @@ def json_object(form: Form, field: Field) -> None:
         raise ValidationError("This is no JSON object.")
 
 
-class ConversationView(ModelView):
-    can_create = False
-    column_list = ("id", "state", "data")
-    column_searchable_list = ("id", "state")
+class EditableConversationView(ConversationView):
+    can_edit = True
     form_columns = ("state", "data")
     form_overrides = {"data": TextAreaField}  # noqa: RUF012
     form_args = {"data": {"validators": [json_object]}}  # noqa: RUF012
 
 
-admin.add_view(ConversationView(storage.model, Session, name="Conversations"))
+admin.add_view(EditableConversationView(Conversation, Session, name="Conversations"))
 
 PAGE = """<!doctype html>
 <title>User {{ user_id }}</title>
