@@ -451,9 +451,11 @@ def on_terminal(shell: Shell, *arguments: str, answer: str) -> tuple[int, str]:
                 break
             if answer and b"[y/N]" in said:
                 if answer == CTRL_C:  # it is not the session's terminal
+                    time.sleep(0.5)  # a signal just before it reads would not end the read
                     command.send_signal(signal.SIGINT)
-                else:
-                    os.write(master, answer.encode())
+                    time.sleep(0.5)
+                    answer = "\n"  # so that it ends in any case: the answer is no
+                os.write(master, answer.encode())
                 answer = ""
         command.wait(PATIENCE)
     os.close(master)
