@@ -223,14 +223,22 @@ class Steps:
         rows = self._sql.with_states_in_data(connection, after or "", PAGE)
         changed = 0
         for id, text in rows:
-            try:
-                data = self._codec.load(id, text)
-            except CorruptDataError:
-                continue  # whoever reads it is told
-            if _renames(data, old, new, is_group):
-                self._sql.set_data(connection, id, self._codec.dump(data))
+            if self._renamed(id, text, old, new, is_group) is None:
+                continue
+            # What the bot writes meanwhile is read once more, and not lost.
+            text = self._renamed(id, self._sql.data_locked(connection, id), old, new, is_group)
+            if text is not None:
+                self._sql.set_data(connection, id, text)
                 changed += 1
         return Batch([id for id, _ in rows], changed)
+
+    def _renamed(self, id: str, text: str | None, *names: Any) -> str | None:
+        """Return the text of data with another state, None if the state is not in it."""
+        try:
+            data = self._codec.load(id, text)
+        except CorruptDataError:
+            return None  # whoever reads it is told
+        return self._codec.dump(data) if _renames(data, *names) else None
 
 
 def _renames(data: Any, old: str, new: str, is_group: bool) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import Connection, Table
+from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.exc import IntegrityError
 
 from .clock import Clock
@@ -128,7 +129,8 @@ class Conversations:
         statement = sa.update(self.table).where(
             self.table.c.id.in_(ids), _is_in(state, old, is_group)
         )
-        return executed(connection, statement.values(state=value), {}).changed
+        statement = statement.values(state=value, **self._untouched)
+        return executed(connection, statement, {}).changed
 
     def in_state(
         self, connection: Connection, name: str, after: str, limit: int, *, is_group: bool
@@ -144,7 +146,7 @@ class Conversations:
     def with_states_in_data(
         self, connection: Connection, after: str, limit: int
     ) -> Sequence[tuple[str, str | None]]:
-        """Return ids and data of rows of scenes' histories and of dialogs, and lock them."""
+        """Return ids and data of rows of scenes' histories and of dialogs."""
         columns = self.table.c
         statement = (
             sa.select(columns.id, columns.data)
@@ -154,14 +156,20 @@ class Conversations:
             )
             .order_by(columns.id)
             .limit(limit)
-            .with_for_update()
         )
         return [(id, data) for id, data in executed(connection, statement, {}).rows or ()]
 
+    def data_locked(self, connection: Connection, id: str) -> str | None:
+        """Return the data of a row as it is by now, and lock it."""
+        self._begin(connection)
+        statement = sa.select(self.table.c.data).where(self.table.c.id == id).with_for_update()
+        data: str | None = executed(connection, statement, {}).scalar()
+        return data
+
     def set_data(self, connection: Connection, id: str, data: str) -> None:
-        """Replace the data of a row that is locked."""
-        statement = sa.update(self.table).where(self.table.c.id == id).values(data=data)
-        executed(connection, statement, {})
+        """Replace the data of a row that is locked. It is not written to: its time stays."""
+        statement = sa.update(self.table).where(self.table.c.id == id)
+        executed(connection, statement.values(data=data, **self._untouched), {})
 
     def delete(self, connection: Connection, where: Where, ids: Sequence[str]) -> int:
         """Delete rows that are still to be found.
@@ -211,6 +219,15 @@ class Conversations:
         except IntegrityError:
             executed(connection, sa.delete(self.table).where(columns.id == id), {})
             return False
+
+    def _begin(self, connection: Connection) -> None:
+        """Take SQLite's write lock, which a read does not take, and begin the transaction.
+
+        A savepoint before that would be the transaction itself, and its release would commit.
+        """
+        if isinstance(connection.dialect, SQLiteDialect):
+            nothing = sa.update(self.table).where(sa.false())
+            executed(connection, nothing.values(id=self.table.c.id, **self._untouched), {})
 
     def _own(self, where: Where) -> list[sa.ColumnElement[bool]]:
         """Return the conditions on the row itself, which hold when it is written, too."""
