@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 
 from ._arguments import NO_COLUMNS
 from ._codec import Codec, CorruptDataError
-from ._sql.conversations import Conversations, Where
+from ._sql.conversations import GROUP_ENDS, Conversations, Where
 from ._sql.lookups import has_columns
 from ._sql.rows import Rows
 from .columns import key_of, values_of
@@ -254,7 +254,7 @@ def _renames(data: Any, old: str, new: str, is_group: bool) -> bool:
             continue
         if state == old and not is_group:
             entry["state"] = new
-        elif is_group and state.startswith(f"{old}:"):
+        elif is_group and state.startswith(tuple(old + end for end in GROUP_ENDS)):
             entry["state"] = new + state[len(old) :]
         else:
             continue

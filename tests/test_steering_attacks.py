@@ -107,3 +107,20 @@ async def test_a_rename_in_data_keeps_what_is_written_meanwhile(
         "history": [{"state": "Purchase:cart", "data": {}}],
         "more": 1,
     }
+
+
+async def test_groups_in_a_group_are_renamed_with_it_and_no_others(
+    storage: SQLAlchemyStorage,
+) -> None:
+    states = ["a_b:x", "a_b.Sub:x", "a_b.Sub.Deep:x", "aXb:x", "A_B:x", r"a\_b:x", "a_bb:x", "a_b"]
+    for number, state in enumerate(states):
+        await storage.set_state(key_of(number), state)
+        await storage.set_data(history_of(number), {"history": [{"state": state, "data": {}}]})
+    assert await storage.rename_state("a_b", "a_b.New", is_group=True) == 6
+    for number, state in enumerate(states):
+        new = state.replace("a_b", "a_b.New") if number < 3 else state
+        assert await storage.get_state(key_of(number)) == new
+        assert (await storage.get_data(history_of(number)))["history"][0]["state"] == new
+    assert await storage.rename_state(r"a\_b", "100%", is_group=True) == 2
+    assert await storage.rename_state("100%", "new", is_group=True) == 2
+    assert await storage.get_state(key_of(5)) == "new:x"

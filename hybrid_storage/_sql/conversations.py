@@ -20,6 +20,8 @@ from .results import executed
 from .rows import Rows
 
 _ESCAPE = "\\"
+GROUP_ENDS = (":", ".")
+"""What comes after a group's name: a state, or a group in it."""
 
 
 @dataclass(frozen=True)
@@ -266,7 +268,10 @@ class Conversations:
 
 
 def _is_in(state: sa.Column[Any], name: str, is_group: bool) -> sa.ColumnElement[bool]:
+    """Return the condition under which a state is the named one, or in that group or one in it."""
     if not is_group:
         return state == name
     escaped = name.replace(_ESCAPE, 2 * _ESCAPE).replace("%", r"\%").replace("_", r"\_")
-    return state.like(f"{escaped}:%", escape=_ESCAPE)
+    likes = [state.like(f"{escaped}{end}%", escape=_ESCAPE) for end in GROUP_ENDS]
+    # SQLite's LIKE takes "a" and "A" for the same.
+    return sa.and_(sa.or_(*likes), sa.func.substr(state, 1, len(name), type_=sa.String) == name)
