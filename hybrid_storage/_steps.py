@@ -93,18 +93,19 @@ class Steps:
 
     def clearing(self, filters: Filters) -> Step:
         """Return the step that deletes some conversations, with all their rows."""
-        where = self.where("clear_all", filters, is_change=True)
+        where = _of_any_row(self.where("clear_all", filters, is_change=True), filters)
 
         def step(after: Any, connection: Connection) -> Batch:
             rows = self._page(connection, where, after)
             if not rows:
                 return Batch(rows, 0)
-            ids = [row.id for row in rows]
-            changed = self._sql.delete(connection, where, ids)
+            before = self._sql.locked(connection, sorted({row.conversation for row in rows}))
+            ids = [row.id for row in rows if row.id in before]
+            self._sql.delete(connection, where, ids)
             left = self._sql.there(connection, ids)  # changed by others meanwhile
-            gone = {row.conversation for row in rows if row.id not in left} - {None}
+            gone = {row.conversation for row in rows if row.id in before - left}
             self._sql.delete_conversations(connection, sorted(gone))
-            return Batch(rows, changed)
+            return Batch(rows, len(gone))
 
         return step
 
@@ -119,11 +120,8 @@ class Steps:
         """Return what to find of conversations whose idleness has not been dealt with."""
         if "idle_for" in filters:
             raise TypeError("on_idle() takes the seconds as after=")
-        where = self.where("on_idle", filters)
-        fields = dict(where.fields)
-        if not {"state", "destiny"} & set(filters):
-            del fields["destiny"]  # whatever is there of the conversation
-        return replace(where, fields=fields, idle_for=after, unhandled=after)
+        where = _of_any_row(self.where("on_idle", filters), filters)
+        return replace(where, idle_for=after, unhandled=after)
 
     def handled(self, connection: Connection, key: StorageKey, after: float) -> None:
         """Mark a conversation's idleness as dealt with."""
@@ -239,6 +237,13 @@ class Steps:
         except CorruptDataError:
             return None  # whoever reads it is told
         return self._codec.dump(data) if _renames(data, *names) else None
+
+
+def _of_any_row(where: Where, filters: Filters) -> Where:
+    """Return what to find of conversations, whatever rows they have, be it those of dialogs."""
+    if {"state", "destiny"} & set(filters):
+        return where
+    return replace(where, fields={n: v for n, v in where.fields.items() if n != "destiny"})
 
 
 def _renames(data: Any, old: str, new: str, is_group: bool) -> bool:

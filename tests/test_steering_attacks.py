@@ -10,8 +10,8 @@ import pytest
 from aiogram.fsm.state import State, StatesGroup
 from aiogram.fsm.storage.base import StorageKey
 from backends import Backend
-from conftest import Open, engine_of
-from sqlalchemy import create_engine, update
+from conftest import Open, engine_of, rows
+from sqlalchemy import Engine, create_engine, delete, insert, update
 from sqlalchemy.orm import Session
 
 from hybrid_storage import SQLAlchemyStorage
@@ -55,6 +55,12 @@ async def keys(storage: SQLAlchemyStorage, **filters: Any) -> list[StorageKey]:
     return [found.key async for found in storage.find(**filters)]
 
 
+def sync_engine(storage: SQLAlchemyStorage, backend: Backend) -> Engine:
+    """Return another engine of the same database, for what happens meanwhile."""
+    names = {"sqlite": "sqlite", "postgresql": "postgresql+psycopg", "mariadb": "mysql+pymysql"}
+    return create_engine(engine_of(storage).url.set(drivername=names[backend.server]))
+
+
 # Renamed states
 
 
@@ -88,12 +94,7 @@ async def test_a_rename_in_data_keeps_what_is_written_meanwhile(
 
     storage = await open_storage(backend, columns=True, json_loads=loads)
     await storage.set_data(history_of(1), HISTORY)
-    url = engine_of(storage).url.set(
-        drivername={"sqlite": "sqlite", "postgresql": "postgresql+psycopg"}.get(
-            backend.server, "mysql+pymysql"
-        )
-    )
-    engine = create_engine(url)
+    engine = sync_engine(storage, backend)
 
     def write() -> None:
         changed = {"data": json.dumps({**HISTORY, "more": 1})}
@@ -124,3 +125,68 @@ async def test_groups_in_a_group_are_renamed_with_it_and_no_others(
     assert await storage.rename_state(r"a\_b", "100%", is_group=True) == 2
     assert await storage.rename_state("100%", "new", is_group=True) == 2
     assert await storage.get_state(key_of(5)) == "new:x"
+
+
+# Cleared conversations
+
+
+async def test_a_user_who_is_in_a_dialog_alone_is_reset(storage: SQLAlchemyStorage) -> None:
+    """aiogram-dialog keeps all it has under destinies of its own."""
+    await storage.set_data(key_of(1, destiny="aiogd:context:abc"), {"id": "abc"})
+    await storage.set_data(key_of(1, destiny="aiogd:stack:"), {"intents": ["abc"]})
+    await storage.set_state(key_of(2), Order.cart)
+    await storage.set_data(history_of(2), HISTORY)
+    assert await storage.clear_all(user_id=1) == 1
+    assert await keys(storage, user_id=1, destiny=None) == []
+    await age(storage, DAY)
+    assert await storage.clear_all(idle_for=DAY) == 1
+    assert await rows(storage) == []
+
+
+async def test_clearing_leaves_the_dialog_of_a_user_who_has_left_the_state(
+    backend: Backend, open_storage: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user does so between the look and the deletion."""
+    storage = await open_storage(backend, columns=True)
+    dialog = key_of(1, destiny="aiogd:context:abc")
+    await storage.set_state(key_of(1), Order.cart)
+    await storage.set_data(dialog, {"id": "abc"})
+    sql = storage._steps._sql
+    page, table = sql.page, storage.table
+
+    def page_then_leave(connection: Any, *arguments: Any) -> Any:
+        found = page(connection, *arguments)
+        with engine.begin() as other:
+            other.execute(delete(table).where(table.c.destiny == "default"))
+        return found
+
+    engine = sync_engine(storage, backend)
+    monkeypatch.setattr(sql, "page", page_then_leave)
+    assert await storage.clear_all(state=Order.cart) == 0
+    engine.dispose()
+    assert await storage.get_data(dialog) == {"id": "abc"}
+
+
+async def test_all_destinies_are_no_filter_for_a_change(storage: SQLAlchemyStorage) -> None:
+    await storage.set_state(key_of(1), Order.cart)
+    for call in (storage.clear_all(destiny=None), storage.change_states("new", destiny=None)):
+        with pytest.raises(ValueError, match="every conversation"):
+            await call
+    assert await storage.get_state(key_of(1)) == "Order:cart"
+
+
+async def test_rows_of_which_nothing_is_known_are_left_alone(storage: SQLAlchemyStorage) -> None:
+    """They are of before the columns, and may well be in a topic."""
+    table = storage.table
+    row: dict[str, Any] = {column.name: None for column in table.columns}
+    row |= {"id": "42:7:7:thread_id=5", "state": "Order:cart"}
+    await storage.run_sync(
+        lambda session: session.connection().execute(insert(table), row) and None
+    )
+    everywhere: dict[str, Any] = {"thread_id": None, "destiny": None}
+    assert await keys(storage, **everywhere) == []
+    assert await storage.count(**everywhere) == 0
+    assert await storage.change_states("new", **everywhere) == 0
+    assert await storage.clear_all(**everywhere) == 0
+    assert await storage.clear_all(state=Order.cart, destiny=None) == 0
+    assert await storage.get_state(key_of(7, thread_id=5)) == "Order:cart"

@@ -89,6 +89,14 @@ class Conversations:
             statement = statement.where(id > after.id)
         return executed(connection, statement.order_by(id).limit(limit), {}).rows or ()
 
+    def locked(self, connection: Connection, names: Sequence[str]) -> set[str]:
+        """Lock all rows of conversations, and return their ids."""
+        self._begin(connection)
+        columns = self.table.c
+        statement = sa.select(columns.id).where(columns.conversation.in_(names))
+        rows = executed(connection, statement.order_by(columns.id).with_for_update(), {}).rows
+        return {id for (id,) in rows or ()}
+
     def there(self, connection: Connection, ids: Sequence[str]) -> set[str]:
         """Return the ids of those rows that are there."""
         statement = sa.select(self.table.c.id).where(self.table.c.id.in_(ids))
@@ -235,6 +243,8 @@ class Conversations:
         """Return the conditions on the row itself, which hold when it is written, too."""
         columns = self.table.c
         conditions = [columns[name] == value for name, value in where.fields.items()]
+        if all(value is None for value in where.fields.values()):
+            conditions.append(columns.conversation.is_not(None))  # whose it is, is not known
         if where.states is not None:
             conditions.append(columns.state.in_(where.states))
         if where.idle_for is not None:
