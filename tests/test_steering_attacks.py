@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import anyio
 import pytest
 from aiogram.fsm.state import State, StatesGroup
 from aiogram.fsm.storage.base import StorageKey
@@ -190,3 +191,21 @@ async def test_rows_of_which_nothing_is_known_are_left_alone(storage: SQLAlchemy
     assert await storage.clear_all(**everywhere) == 0
     assert await storage.clear_all(state=Order.cart, destiny=None) == 0
     assert await storage.get_state(key_of(7, thread_id=5)) == "Order:cart"
+
+
+# Pages
+
+
+async def test_what_is_written_meanwhile_is_not_found_once_more(
+    storage: SQLAlchemyStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hybrid_storage._steps.PAGE", 2)
+    for user in range(5):
+        await storage.set_state(key_of(user), Order.cart)
+    seen: list[int] = []
+    with anyio.fail_after(20):
+        async for found in storage.find(idle_for=0):
+            seen.append(found.key.user_id)
+            await storage.update_data(found.key, {"told": True})
+        assert seen == list(range(5))
+        assert await storage.change_states("new", idle_for=0) == 5

@@ -20,6 +20,8 @@ from .results import executed
 from .rows import Rows
 
 _ESCAPE = "\\"
+_LOOKED_AT = "hybrid_storage_looked_at"
+"""When the first page was read, by the database's clock."""
 GROUP_ENDS = (":", ".")
 """What comes after a group's name: a state, or a group in it."""
 
@@ -71,7 +73,12 @@ class Conversations:
         # By time where that is all that is asked for: the oldest are at one end of its index.
         if where.idle_for is not None and where.states is None:
             order = [columns.written_at, columns.id]
-        statement = sa.select(self.table).where(*self._own(where), *self._others(where))
+        # Those that are written meanwhile come no more, or there would be no end to the pages.
+        looked_at = Clock() if after is None else sa.literal(getattr(after, _LOOKED_AT), sa.Double)
+        statement = sa.select(self.table, looked_at.label(_LOOKED_AT))
+        statement = statement.where(*self._own(where), *self._others(where))
+        if where.idle_for is not None:
+            statement = statement.where(columns.written_at <= looked_at - where.idle_for)
         if after is not None:
             last = [sa.literal(getattr(after, column.name), column.type) for column in order]
             statement = statement.where(
