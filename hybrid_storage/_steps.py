@@ -15,8 +15,9 @@ from sqlalchemy import Connection
 
 from ._arguments import NO_COLUMNS
 from ._codec import Codec, CorruptDataError
-from ._sql.conversations import GROUP_ENDS, Conversations, Where
+from ._sql.conversations import Conversations, Where
 from ._sql.lookups import has_columns
+from ._sql.renames import GROUP_ENDS
 from ._sql.rows import Rows
 from .columns import key_of, values_of
 from .finding import Conversation, Filters, conversation, found, names_of, where_of
@@ -158,17 +159,31 @@ class Steps:
         def step(after: Any, connection: Connection) -> Batch:
             rows = self._page(connection, where, after)
             moved = 0
-            for row in rows:
-                key = key_of(row)
-                assert key is not None  # found by its chat
-                # With FSMStrategy.CHAT, the chat stands in the user's place.
-                user_id = new if key.user_id == old else key.user_id
-                key = replace(key, chat_id=new, user_id=user_id)
-                values = values_of(key, self._codec.conversation(key))
-                moved += self._sql.move(connection, row.id, self._codec.row(key), values)
+            for name in dict.fromkeys(row.conversation for row in rows):
+                moved += self._move(connection, self._sql.of(connection, name, where), old, new)
             return Batch(rows, moved)
 
         return step
+
+    def _move(self, connection: Connection, rows: Sequence[Any], old: int, new: int) -> int:
+        """Move all rows of a conversation, or none if there is one in the new chat already."""
+        moved = 0
+        is_taken: bool | None = None
+        for row in rows:
+            key = key_of(row)
+            assert key is not None  # found by its chat
+            # With FSMStrategy.CHAT, the chat stands in the user's place.
+            user_id = new if key.user_id == old else key.user_id
+            key = replace(key, chat_id=new, user_id=user_id)
+            values = values_of(key, self._codec.conversation(key))
+            to = values["conversation"]
+            if is_taken is None:
+                is_taken = to != row.conversation and self._sql.is_there(connection, to)
+            if is_taken:
+                self._sql.remove(connection, [row.id])
+            else:
+                moved += self._sql.move(connection, row.id, self._codec.row(key), values)
+        return moved
 
     def filling(self, parse: Callable[[str], StorageKey] | None) -> Step:
         """Return the step that fills the columns of some rows."""

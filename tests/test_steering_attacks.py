@@ -12,10 +12,11 @@ from aiogram.fsm.state import State, StatesGroup
 from aiogram.fsm.storage.base import StorageKey
 from backends import Backend
 from conftest import Open, engine_of, rows
-from sqlalchemy import Engine, create_engine, delete, insert, update
-from sqlalchemy.orm import Session
+from sqlalchemy import CheckConstraint, Engine, create_engine, delete, insert, update
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import DeclarativeBase, Session
 
-from hybrid_storage import SQLAlchemyStorage
+from hybrid_storage import ConversationColumns, FSMData, SQLAlchemyStorage
 
 DAY = 86400.0
 
@@ -209,3 +210,63 @@ async def test_what_is_written_meanwhile_is_not_found_once_more(
             await storage.update_data(found.key, {"told": True})
         assert seen == list(range(5))
         assert await storage.change_states("new", idle_for=0) == 5
+
+
+# Chats that move
+
+
+OLD, NEW = -7, -1007
+
+
+async def test_of_two_conversations_one_stays_as_a_whole(storage: SQLAlchemyStorage) -> None:
+    await storage.set_state(key_of(1, chat_id=OLD), Order.cart)
+    await storage.set_data(history_of(1, chat_id=OLD), HISTORY)
+    await storage.set_state(key_of(1, chat_id=NEW), "began anew")
+    await storage.set_data(history_of(2, chat_id=OLD), HISTORY)
+    await storage.set_state(key_of(2, chat_id=OLD), Order.cart)
+    assert await storage.move_chat(OLD, NEW) == 2
+    assert await storage.get_state(key_of(1, chat_id=NEW)) == "began anew"
+    assert await storage.get_data(history_of(1, chat_id=NEW)) == {}
+    assert await storage.get_data(history_of(2, chat_id=NEW)) == HISTORY
+    assert len(await rows(storage)) == 3
+
+
+async def test_what_has_expired_in_the_new_chat_is_not_there(
+    backend: Backend, open_storage: Open
+) -> None:
+    storage = await open_storage(backend, columns=True, expires_after=DAY)
+    await storage.set_state(key_of(1, chat_id=NEW), "long ago")
+    await storage.set_data(history_of(1, chat_id=NEW), HISTORY)
+    await age(storage, DAY)
+    await storage.set_state(key_of(1, chat_id=OLD), Order.cart)
+    assert await storage.move_chat(OLD, NEW) == 1
+    assert await storage.get_state(key_of(1, chat_id=NEW)) == "Order:cart"
+    assert await storage.get_data(history_of(1, chat_id=NEW)) == {}
+
+
+async def test_a_move_is_rolled_back_with_the_session(storage: SQLAlchemyStorage) -> None:
+    await storage.set_state(key_of(1, chat_id=OLD), Order.cart)
+
+    def move(session: Session) -> None:
+        assert storage.operations.move_chat(session, OLD, NEW) == 1
+        session.rollback()
+
+    await storage.run_sync(move)
+    assert await keys(storage) == [key_of(1, chat_id=OLD)]
+
+
+async def test_a_move_that_the_table_refuses_deletes_nothing(
+    backend: Backend, open_storage: Open
+) -> None:
+    class Base(DeclarativeBase):
+        pass
+
+    class Model(ConversationColumns, FSMData, Base):
+        __tablename__ = "fsm_of_small_chats"
+        __table_args__ = (CheckConstraint(f"chat_id > {NEW}"),)
+
+    storage = await open_storage(backend, table_name=Model)
+    await storage.set_state(key_of(1, chat_id=OLD), Order.cart)
+    with pytest.raises(DBAPIError):
+        await storage.move_chat(OLD, NEW)
+    assert await storage.get_state(key_of(1, chat_id=OLD)) == "Order:cart"
