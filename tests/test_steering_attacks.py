@@ -12,9 +12,9 @@ from aiogram.fsm.state import State, StatesGroup
 from aiogram.fsm.storage.base import StorageKey
 from backends import Backend
 from conftest import Open, engine_of, rows
-from sqlalchemy import CheckConstraint, Engine, create_engine, delete, insert, update
+from sqlalchemy import CheckConstraint, Engine, MetaData, create_engine, delete, insert, update
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm import DeclarativeBase, Session
+from sqlalchemy.orm import DeclarativeBase, Session, sessionmaker
 
 from hybrid_storage import ConversationColumns, FSMData, SQLAlchemyStorage
 
@@ -270,3 +270,31 @@ async def test_a_move_that_the_table_refuses_deletes_nothing(
     with pytest.raises(DBAPIError):
         await storage.move_chat(OLD, NEW)
     assert await storage.get_state(key_of(1, chat_id=OLD)) == "Order:cart"
+
+
+# Tables
+
+
+def test_the_table_has_what_the_base_says_of_tables() -> None:
+    class Base(DeclarativeBase):
+        __table_args__ = ({"schema": "bot", "comment": "conversations"},)
+
+    class Model(ConversationColumns, FSMData, Base):
+        __tablename__ = "fsm_of_my_own"
+
+    class OfImportance(Model):
+        pass
+
+    storage = SQLAlchemyStorage(sessionmaker(), Base, columns=True)
+    for table in (storage.table, Model.__table__):
+        assert (table.schema, table.comment) == ("bot", "conversations")  # type: ignore[attr-defined]
+    assert "ix_aiogram_fsm_data_state" in {index.name for index in storage.table.indexes}
+    assert SQLAlchemyStorage(sessionmaker(), Base, columns=True).table is storage.table
+
+
+def test_a_table_that_was_declared_without_the_columns_does_not_get_them() -> None:
+    metadata = MetaData()
+    storage = SQLAlchemyStorage(sessionmaker(), metadata)
+    with pytest.raises(ValueError, match="declared without the columns"):
+        SQLAlchemyStorage(sessionmaker(), metadata, columns=True)
+    assert SQLAlchemyStorage(sessionmaker(), metadata).table is storage.table
