@@ -196,6 +196,8 @@ class Steps:
             for id in ids:
                 try:
                     key = parse(id)
+                    if self._codec.row(key) != id:
+                        continue
                 except ValueError:
                     continue  # another key builder's; left as it is, and told by the number
                 self._sql.fill(connection, id, values_of(key, self._codec.conversation(key)))

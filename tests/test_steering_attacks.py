@@ -9,10 +9,19 @@ from typing import Any
 import anyio
 import pytest
 from aiogram.fsm.state import State, StatesGroup
-from aiogram.fsm.storage.base import StorageKey
+from aiogram.fsm.storage.base import KeyBuilder, StorageKey
 from backends import Backend
 from conftest import Open, engine_of, rows
-from sqlalchemy import CheckConstraint, Engine, MetaData, create_engine, delete, insert, update
+from sqlalchemy import (
+    CheckConstraint,
+    Engine,
+    MetaData,
+    create_engine,
+    delete,
+    insert,
+    text,
+    update,
+)
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Session, sessionmaker
 
@@ -298,3 +307,42 @@ def test_a_table_that_was_declared_without_the_columns_does_not_get_them() -> No
     with pytest.raises(ValueError, match="declared without the columns"):
         SQLAlchemyStorage(sessionmaker(), metadata, columns=True)
     assert SQLAlchemyStorage(sessionmaker(), metadata).table is storage.table
+
+
+async def test_a_table_that_is_there_without_the_columns_is_told_of_at_startup(
+    storage: SQLAlchemyStorage,
+) -> None:
+    column = "DROP COLUMN idle_handled"
+    await storage.create_table()
+    await storage.run_sync(
+        lambda session: session.execute(text(f"ALTER TABLE {storage.table.name} {column}")) and None
+    )
+    for start in (storage.create_table, storage.check_table):
+        with pytest.raises(RuntimeError, match=r"lacks the columns idle_handled.*migration"):
+            await start()
+
+
+class UserFirst(KeyBuilder):
+    """Another key builder, whose strings look like those of ``FullKeyBuilder``."""
+
+    def build(self, key: StorageKey, part: Any = None) -> str:
+        return f"{key.user_id}:{key.chat_id}:{key.bot_id}"
+
+
+async def test_columns_are_not_filled_from_a_key_that_is_another_row_s(
+    backend: Backend, open_storage: Open
+) -> None:
+    storage = await open_storage(backend, columns=True, key_builder=UserFirst())
+    row: dict[str, Any] = {column.name: None for column in storage.table.columns}
+    row |= {"id": "1:2:42", "state": "Order:cart"}
+    await storage.run_sync(
+        lambda session: session.connection().execute(insert(storage.table), row) and None
+    )
+    assert await storage.fill_columns() == 0
+
+    def parse(id: str) -> StorageKey:
+        user, chat, bot = map(int, id.split(":"))
+        return StorageKey(bot_id=bot, chat_id=chat, user_id=user)
+
+    assert await storage.fill_columns(parse) == 1
+    assert await keys(storage) == [StorageKey(bot_id=42, chat_id=2, user_id=1)]

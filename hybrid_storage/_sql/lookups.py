@@ -18,12 +18,14 @@ FIELDS = ("bot_id", "chat_id", "user_id", "thread_id", "business_connection_id",
 """The columns that a ``StorageKey`` has a field for."""
 FILLED = (*FIELDS, "conversation")
 """The columns that are filled from a key."""
+LOOKUPS = frozenset({*FILLED, "written_at", "idle_handled"})
+"""All of the columns."""
 _NEVER = 1e300  # seconds: of rows that have no time
 
 
 def has_columns(table: Table) -> bool:
     """Tell whether a table has the columns."""
-    return {*FILLED, "written_at", "idle_handled"} <= set(table.columns.keys())
+    return set(table.columns.keys()) >= LOOKUPS
 
 
 class Row(NamedTuple):
