@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from dataclasses import replace
 from typing import Any
 
@@ -10,22 +11,31 @@ import anyio
 import pytest
 from aiogram.fsm.state import State, StatesGroup
 from aiogram.fsm.storage.base import KeyBuilder, StorageKey
-from backends import Backend
+from backends import MARIADB, POSTGRESQL, Backend
 from conftest import Open, engine_of, rows
 from sqlalchemy import (
+    BigInteger,
     CheckConstraint,
+    Dialect,
     Engine,
     MetaData,
+    String,
+    TypeDecorator,
     create_engine,
     delete,
     insert,
     text,
     update,
 )
+from sqlalchemy.dialects import mysql
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm import DeclarativeBase, Session, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+from test_encrypted_data import Encrypted
+from units import BEFORE, KEY, running
 
 from hybrid_storage import ConversationColumns, FSMData, SQLAlchemyStorage
+from hybrid_storage._sql.limits import Limits
+from hybrid_storage.model import table_of
 
 DAY = 86400.0
 
@@ -279,6 +289,75 @@ async def test_a_move_that_the_table_refuses_deletes_nothing(
     with pytest.raises(DBAPIError):
         await storage.move_chat(OLD, NEW)
     assert await storage.get_state(key_of(1, chat_id=OLD)) == "Order:cart"
+
+
+# Units of work
+
+
+class Negative(TypeDecorator[int]):
+    """A type of the application's own, which hides whom a row is of."""
+
+    impl = BigInteger
+    cache_ok = True
+
+    def process_bind_param(self, value: int | None, dialect: Dialect) -> int | None:
+        return None if value is None else -value
+
+    process_result_value = process_bind_param
+
+
+@pytest.mark.parametrize("by_driver", [False, True], ids=["core", "driver"])
+@pytest.mark.parametrize("what", ["data", "user_id"])
+async def test_units_of_work_know_the_columns_types(
+    backend: Backend, open_storage: Open, what: str, by_driver: bool
+) -> None:
+    class Base(DeclarativeBase):
+        pass
+
+    types: dict[str, Any] = {"data": Encrypted, "user_id": Negative}
+    column = {what: mapped_column(types[what], nullable=True)}
+    table_name = f"fsm_{uuid.uuid4().hex}"
+    bases = (ConversationColumns, FSMData, Base)
+    model = type("Model", bases, {"__tablename__": table_name, **column})
+    storage = await open_storage(backend, table_name=model)
+    async with running(storage, 30.0, driver_statements=by_driver) as bot:
+        for number in range(2):
+            async with bot.update(KEY):
+                await storage.update_data(KEY, {"number": number})
+        assert await storage.get_data(KEY) == {**BEFORE[1], "number": 1}
+        assert await keys(storage, user_id=KEY.user_id) == [KEY]
+
+
+@pytest.mark.parametrize("backend", [POSTGRESQL[2], *MARIADB[1:]], ids=str)
+async def test_a_write_under_way_is_not_deleted_with_what_has_expired(
+    backend: Backend, open_storage: Open
+) -> None:
+    """That of an update, say, which has found the conversation alive."""
+    storage = await open_storage(backend, columns=True, expires_after=DAY)
+    await storage.set_state(key_of(1), Order.cart)
+    await age(storage, DAY)
+    table, engine = storage.table, sync_engine(storage, backend)
+    with engine.connect() as connection, connection.begin() as transaction:
+        connection.execute(update(table).values(state="written"))
+        async with anyio.create_task_group() as group:
+            group.start_soon(storage.set_data, history_of(1), HISTORY)
+            await anyio.sleep(0.3)
+            transaction.commit()
+    engine.dispose()
+    assert await storage.get_state(key_of(1)) == "written"
+
+
+def test_a_key_that_the_column_for_the_conversation_does_not_hold_is_refused() -> None:
+    class Base(DeclarativeBase):
+        pass
+
+    class Model(ConversationColumns, FSMData, Base):
+        __tablename__ = "fsm_of_my_own"
+        id: Mapped[str] = mapped_column(String(500), primary_key=True)
+
+    limits = Limits(table_of(Model), mysql.dialect())
+    with pytest.raises(ValueError, match=r"column 'conversation' of table .* holds 255"):
+        limits.check(None, "x" * 300)  # type: ignore[arg-type]
 
 
 # Tables
