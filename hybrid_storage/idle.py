@@ -68,6 +68,8 @@ class Idle(Steering[S]):
         """
         check_functions(action=action)
         check_seconds(after=after, retry_after=retry_after, every=0.0 if every is None else every)
+        if not after:
+            raise ValueError("after is a number of seconds above 0")
         if not isinstance(at_once, int) or at_once < 1:
             raise ValueError(f"at_once is a number of actions, 1 or more, not {at_once!r}")
         if not isinstance(isolation, SQLAlchemyEventIsolation):

@@ -231,6 +231,6 @@ async def test_wrong_arguments_are_told(bot: Any) -> None:
     ]:
         with pytest.raises(TypeError, match=text):
             await storage.on_idle(**{**good, **wrong})
-    for name, value in [("at_once", 0), ("every", -1.0), ("at_once", 0.5)]:
+    for name, value in [("at_once", 0), ("every", -1.0), ("at_once", 0.5), ("after", 0)]:
         with pytest.raises(ValueError, match=name):
-            await storage.on_idle(**good, **{name: value})
+            await storage.on_idle(**{**good, name: value})
