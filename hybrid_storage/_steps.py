@@ -17,6 +17,7 @@ from ._arguments import NO_COLUMNS
 from ._codec import Codec, CorruptDataError
 from ._sql.conversations import Conversations, Where
 from ._sql.lookups import has_columns
+from ._sql.renames import GROUP_ENDS
 from ._sql.rows import Rows
 from .columns import key_of, values_of
 from .finding import Filters, FoundConversation, conversation, found, names_of, where_of
@@ -93,18 +94,19 @@ class Steps:
 
     def clearing(self, filters: Filters) -> Step:
         """Return the step that deletes some conversations, with all their rows."""
-        where = self.where("clear_all", filters, is_change=True)
+        where = _of_any_row(self.where("clear_all", filters, is_change=True), filters)
 
         def step(after: Any, connection: Connection) -> Batch:
             rows = self._page(connection, where, after)
             if not rows:
                 return Batch(rows, 0)
-            ids = [row.id for row in rows]
-            changed = self._sql.delete(connection, where, ids)
+            before = self._sql.locked(connection, sorted({row.conversation for row in rows}))
+            ids = [row.id for row in rows if row.id in before]
+            self._sql.delete(connection, where, ids)
             left = self._sql.there(connection, ids)  # changed by others meanwhile
-            gone = {row.conversation for row in rows if row.id not in left} - {None}
+            gone = {row.conversation for row in rows if row.id in before - left}
             self._sql.delete_conversations(connection, sorted(gone))
-            return Batch(rows, changed)
+            return Batch(rows, len(gone))
 
         return step
 
@@ -119,11 +121,8 @@ class Steps:
         """Return what to find of conversations whose idleness has not been dealt with."""
         if "idle_for" in filters:
             raise TypeError("on_idle() takes the seconds as after=")
-        where = self.where("on_idle", filters)
-        fields = dict(where.fields)
-        if not {"state", "destiny"} & set(filters):
-            del fields["destiny"]  # whatever is there of the conversation
-        return replace(where, fields=fields, idle_for=after, unhandled=after)
+        where = _of_any_row(self.where("on_idle", filters), filters)
+        return replace(where, idle_for=after, unhandled=after)
 
     def handled(self, connection: Connection, key: StorageKey, after: float) -> None:
         """Mark a conversation's idleness as dealt with."""
@@ -160,17 +159,31 @@ class Steps:
         def step(after: Any, connection: Connection) -> Batch:
             rows = self._page(connection, where, after)
             moved = 0
-            for row in rows:
-                key = key_of(row)
-                assert key is not None  # found by its chat
-                # With FSMStrategy.CHAT, the chat stands in the user's place.
-                user_id = new if key.user_id == old else key.user_id
-                key = replace(key, chat_id=new, user_id=user_id)
-                values = values_of(key, self._codec.conversation(key))
-                moved += self._sql.move(connection, row.id, self._codec.row(key), values)
+            for name in dict.fromkeys(row.conversation for row in rows):
+                moved += self._move(connection, self._sql.of(connection, name, where), old, new)
             return Batch(rows, moved)
 
         return step
+
+    def _move(self, connection: Connection, rows: Sequence[Any], old: int, new: int) -> int:
+        """Move all rows of a conversation, or none if there is one in the new chat already."""
+        moved = 0
+        is_taken: bool | None = None
+        for row in rows:
+            key = key_of(row)
+            assert key is not None  # found by its chat
+            # With FSMStrategy.CHAT, the chat stands in the user's place.
+            user_id = new if key.user_id == old else key.user_id
+            key = replace(key, chat_id=new, user_id=user_id)
+            values = values_of(key, self._codec.conversation(key))
+            to = values["conversation"]
+            if is_taken is None:
+                is_taken = to != row.conversation and self._sql.is_there(connection, to)
+            if is_taken:
+                self._sql.remove(connection, [row.id])
+            else:
+                moved += self._sql.move(connection, row.id, self._codec.row(key), values)
+        return moved
 
     def filling(self, parse: Callable[[str], StorageKey] | None) -> Step:
         """Return the step that fills the columns of some rows."""
@@ -183,6 +196,8 @@ class Steps:
             for id in ids:
                 try:
                     key = parse(id)
+                    if self._codec.row(key) != id:
+                        continue
                 except ValueError:
                     continue  # another key builder's; left as it is, and told by the number
                 self._sql.fill(connection, id, values_of(key, self._codec.conversation(key)))
@@ -223,14 +238,29 @@ class Steps:
         rows = self._sql.with_states_in_data(connection, after or "", PAGE)
         changed = 0
         for id, text in rows:
-            try:
-                data = self._codec.load(id, text)
-            except CorruptDataError:
-                continue  # whoever reads it is told
-            if _renames(data, old, new, is_group):
-                self._sql.set_data(connection, id, self._codec.dump(data))
+            if self._renamed(id, text, old, new, is_group) is None:
+                continue
+            # What the bot writes meanwhile is read once more, and not lost.
+            text = self._renamed(id, self._sql.data_locked(connection, id), old, new, is_group)
+            if text is not None:
+                self._sql.set_data(connection, id, text)
                 changed += 1
         return Batch([id for id, _ in rows], changed)
+
+    def _renamed(self, id: str, text: str | None, *names: Any) -> str | None:
+        """Return the text of data with another state, None if the state is not in it."""
+        try:
+            data = self._codec.load(id, text)
+        except CorruptDataError:
+            return None  # whoever reads it is told
+        return self._codec.dump(data) if _renames(data, *names) else None
+
+
+def _of_any_row(where: Where, filters: Filters) -> Where:
+    """Return what to find of conversations, whatever rows they have, be it those of dialogs."""
+    if {"state", "destiny"} & set(filters):
+        return where
+    return replace(where, fields={n: v for n, v in where.fields.items() if n != "destiny"})
 
 
 def _renames(data: Any, old: str, new: str, is_group: bool) -> bool:
@@ -246,7 +276,7 @@ def _renames(data: Any, old: str, new: str, is_group: bool) -> bool:
             continue
         if state == old and not is_group:
             entry["state"] = new
-        elif is_group and state.startswith(f"{old}:"):
+        elif is_group and state.startswith(tuple(old + end for end in GROUP_ENDS)):
             entry["state"] = new + state[len(old) :]
         else:
             continue

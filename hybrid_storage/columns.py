@@ -53,7 +53,12 @@ class ConversationColumns:
 
     @declared_attr.directive
     def __table_args__(cls) -> Any:
-        return (state_index(cls.__tablename__),)  # type: ignore[attr-defined]
+        beside: Any = getattr(super(), "__table_args__", None) or ()  # of the declarative base
+        if isinstance(beside, dict):
+            beside = (beside,)
+        if any("__table__" in vars(base) for base in cls.mro()[1:]):  # type: ignore[attr-defined]
+            return beside or None  # inherits the table, and its indexes
+        return (state_index(cls.__tablename__), *beside)  # type: ignore[attr-defined]
 
 
 def state_index(table_name: str) -> Index:

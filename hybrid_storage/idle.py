@@ -67,7 +67,11 @@ class Idle(Steering[S]):
         :return: how many were handed out
         """
         check_functions(action=action)
-        check_seconds(after=after, retry_after=retry_after)
+        check_seconds(after=after, retry_after=retry_after, every=0.0 if every is None else every)
+        if not after:
+            raise ValueError("after is a number of seconds above 0")
+        if not isinstance(at_once, int) or at_once < 1:
+            raise ValueError(f"at_once is a number of actions, 1 or more, not {at_once!r}")
         if not isinstance(isolation, SQLAlchemyEventIsolation):
             raise TypeError(f"isolation is that of storage.create_isolation(), not {isolation!r}")
         round = _Round(self, isolation, action, after, at_once, retry_after, filters)

@@ -21,6 +21,7 @@ from sqlalchemy.orm import (
 from sqlalchemy.sql.operators import OperatorType
 from sqlalchemy.types import TypeEngine
 
+from ._sql.lookups import has_columns
 from .columns import UTF8, ConversationColumns, Key
 
 # The models declared for tables. Not in Table.info: Alembic writes that into its migrations.
@@ -148,6 +149,7 @@ def declare_model(
     if table is not None and table in _models:
         declared = _models[table]()
         if declared is not None:
+            _check_lookups(table, columns)
             return declared
     # A base of dataclasses, or of pydantic's as SQLModel's, takes no mixin: it lends its metadata.
     inherits = isinstance(base, type) and not (
@@ -159,6 +161,7 @@ def declare_model(
         attributes["__tablename__"] = table_name
     else:  # reflected, or declared by the application
         _check_columns(table, "id", "state", "data")
+        _check_lookups(table, columns)
         attributes["__table__"] = table
     # A declarative base wants the names of its classes to differ, as those of its tables do.
     metaclass: Any = type(parent)
@@ -229,6 +232,14 @@ def _check_columns(table: Table, *names: str) -> None:
             f"table {table.fullname!r} is taken by a different table (its columns: "
             f"{', '.join(table.columns.keys())}): pass another table_name, or a table with "
             f"the columns {', '.join(names)}, of which id is the primary key"
+        )
+
+
+def _check_lookups(table: Table, columns: bool) -> None:
+    if columns and not has_columns(table):
+        raise ValueError(
+            f"table {table.fullname!r} has been declared without the columns to look conversations "
+            "by: pass columns=True wherever it is, or add those of ConversationColumns to it"
         )
 
 

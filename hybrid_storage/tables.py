@@ -29,7 +29,8 @@ class Tables(Transactions[S]):
 
         Several processes may do so at once. Fit for ``dp.startup.register(storage.create_table)``.
 
-        :raises RuntimeError: if the table of event isolation is that of a former version
+        :raises RuntimeError: if the table of event isolation is that of a former version, or if the
+            table is there and lacks the columns to look by
         """
         what = f"creating table {self._tables[0].fullname!r}"
         try:
@@ -55,6 +56,11 @@ class Tables(Transactions[S]):
 
     async def _check_columns(self) -> None:
         for name, columns in await self._with_tables(lacking):
+            if name == self._tables[0].fullname:
+                raise RuntimeError(
+                    f"table {name!r} lacks the columns {', '.join(columns)}, to look conversations "
+                    "by: add them with a migration, then call fill_columns() once"
+                )
             raise RuntimeError(
                 f"table {name!r} lacks the columns {', '.join(columns)}, which event isolation "
                 "needs by now: stop all processes of the bot, then drop the table (it "

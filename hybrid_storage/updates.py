@@ -12,6 +12,7 @@ from ._codec import Codec
 from ._engine.calls import Call
 from ._engine.retries import logger
 from ._fallback import Fallback
+from ._sql.at_once import is_plain
 from ._sql.driver import DriverStatements
 from ._sql.leases import Leases
 from ._sql.results import executed
@@ -56,11 +57,14 @@ class Updates(Tables[S]):
         :param wait: how many seconds to wait for a lock at most; by default without limit
         :param driver_statements: whether asyncpg runs the statements of an update itself, past
             SQLAlchemy's Core: faster, but listeners to statements, ``echo`` and tracing do not see
-            them. Makes no difference on other drivers
+            them. Makes no difference on other drivers, nor if columns of your own model have types
+            or defaults that are functions of Python's
         :raises ValueError: if one of them is not above 0, or if the table's name is taken
         :return: what to pass as ``Dispatcher(events_isolation=...)``
         """
-        execute = DriverStatements().executed if driver_statements else executed
+        # The driver does not know the types of SQLAlchemy's that encrypt, or decrypt.
+        by_driver = driver_statements and is_plain(self.table)
+        execute = DriverStatements().executed if by_driver else executed
         leases = None
         if lease is not None:
             table = declare_lock_table(self._model)

@@ -227,6 +227,10 @@ async def test_wrong_arguments_are_told(bot: Any) -> None:
         ({"action": "remind"}, "function"),
         ({"isolation": storage}, "create_isolation"),
         ({"idle_for": 3}, "after="),
+        ({"every": "1 minute"}, "every"),
     ]:
         with pytest.raises(TypeError, match=text):
             await storage.on_idle(**{**good, **wrong})
+    for name, value in [("at_once", 0), ("every", -1.0), ("at_once", 0.5), ("after", 0)]:
+        with pytest.raises(ValueError, match=name):
+            await storage.on_idle(**{**good, name: value})

@@ -11,6 +11,10 @@ from sqlalchemy.types import TypeDecorator
 
 from .changes import ChangedRow, Texts
 from .leases import NOBODY, Fence
+from .lookups import FILLED, has_columns
+
+_PLAIN = (sa.BigInteger, sa.Integer, sa.String, sa.Text, sa.BIGINT, sa.INTEGER, sa.VARCHAR, sa.TEXT)
+"""The types of columns to look conversations by whose values need no conversion."""
 
 
 def given_rows(changes: Sequence[ChangedRow], lookups: Iterable[str]) -> dict[str, Any]:
@@ -136,6 +140,9 @@ def _plain_type(column: sa.Column[Any]) -> Any:
 def is_plain(table: Table) -> bool:
     """Tell whether the database alone makes the values of all columns."""
     if any(isinstance(table.c[name].type, TypeDecorator) for name in ("id", "state", "data")):
+        return False
+    lookups = [table.c[name].type for name in FILLED] if has_columns(table) else []
+    if not all(type(each) in _PLAIN for each in lookups):
         return False
     defaults = (each for column in table.c for each in (column.default, column.onupdate))
     return not any(isinstance(each, sa.ColumnDefault) and each.is_callable for each in defaults)

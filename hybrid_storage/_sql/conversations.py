@@ -11,14 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import Connection, Table
+from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
 from .clock import Clock
+from .renames import Renames
 from .results import executed
 from .rows import Rows
 
-_ESCAPE = "\\"
+_LOOKED_AT = "hybrid_storage_looked_at"
+"""When the first page was read, by the database's clock."""
 
 
 @dataclass(frozen=True)
@@ -35,17 +37,15 @@ class Where:
     """Seconds of idleness that have not been dealt with."""
 
 
-class Conversations:
+class Conversations(Renames):
     """Finds, counts and changes the rows of many conversations."""
 
     def __init__(self, rows: Rows) -> None:
         """Remember the table."""
-        self.table: Table = rows.table
+        super().__init__(rows.table)
+        self._lookups = rows.lookups
         self._alive = rows.lookups.alive
         columns = self.table.c
-        # What is put in order is no write: nothing lives the longer for it.
-        kept = ("written_at", "idle_handled") if "written_at" in columns else ()
-        self._untouched = {name: columns[name] for name in kept}
         self._is_empty = sa.and_(
             columns.state.is_(None), sa.or_(columns.data.is_(None), columns.data == "")
         )
@@ -68,7 +68,12 @@ class Conversations:
         # By time where that is all that is asked for: the oldest are at one end of its index.
         if where.idle_for is not None and where.states is None:
             order = [columns.written_at, columns.id]
-        statement = sa.select(self.table).where(*self._own(where), *self._others(where))
+        # Those that are written meanwhile come no more, or there would be no end to the pages.
+        looked_at = Clock() if after is None else sa.literal(getattr(after, _LOOKED_AT), sa.Double)
+        statement = sa.select(self.table, looked_at.label(_LOOKED_AT))
+        statement = statement.where(*self._own(where), *self._others(where))
+        if where.idle_for is not None:
+            statement = statement.where(columns.written_at <= looked_at - where.idle_for)
         if after is not None:
             last = [sa.literal(getattr(after, column.name), column.type) for column in order]
             statement = statement.where(
@@ -85,6 +90,14 @@ class Conversations:
         if after is not None:
             statement = statement.where(id > after.id)
         return executed(connection, statement.order_by(id).limit(limit), {}).rows or ()
+
+    def locked(self, connection: Connection, names: Sequence[str]) -> set[str]:
+        """Lock all rows of conversations, and return their ids."""
+        self._begin(connection)
+        columns = self.table.c
+        statement = sa.select(columns.id).where(columns.conversation.in_(names))
+        rows = executed(connection, statement.order_by(columns.id).with_for_update(), {}).rows
+        return {id for (id,) in rows or ()}
 
     def there(self, connection: Connection, ids: Sequence[str]) -> set[str]:
         """Return the ids of those rows that are there."""
@@ -112,56 +125,6 @@ class Conversations:
             empty = sa.delete(self.table).where(self.table.c.id.in_(ids), self._is_empty)
             executed(connection, empty, {})
         return changed
-
-    def rename_state(
-        self, connection: Connection, ids: Sequence[str], old: str, new: str, *, is_group: bool
-    ) -> int:
-        """Rename the state, or the group of the state, of rows that are still in it.
-
-        :return: how many there were
-        """
-        state = self.table.c.state
-        value: Any = new
-        if is_group:
-            rest = sa.func.substr(state, len(old) + 1, type_=sa.String)
-            value = sa.literal(new, sa.String).concat(rest)
-        statement = sa.update(self.table).where(
-            self.table.c.id.in_(ids), _is_in(state, old, is_group)
-        )
-        return executed(connection, statement.values(state=value), {}).changed
-
-    def in_state(
-        self, connection: Connection, name: str, after: str, limit: int, *, is_group: bool
-    ) -> list[str]:
-        """Return the ids of some rows in a state, or in a group of states, in their order."""
-        columns = self.table.c
-        statement = sa.select(columns.id).where(
-            columns.id > after, _is_in(columns.state, name, is_group)
-        )
-        found = executed(connection, statement.order_by(columns.id).limit(limit), {})
-        return [id for (id,) in found.rows or ()]
-
-    def with_states_in_data(
-        self, connection: Connection, after: str, limit: int
-    ) -> Sequence[tuple[str, str | None]]:
-        """Return ids and data of rows of scenes' histories and of dialogs, and lock them."""
-        columns = self.table.c
-        statement = (
-            sa.select(columns.id, columns.data)
-            .where(
-                columns.id > after,
-                sa.or_(columns.destiny == "scenes_history", columns.destiny.like("aiogd:%")),
-            )
-            .order_by(columns.id)
-            .limit(limit)
-            .with_for_update()
-        )
-        return [(id, data) for id, data in executed(connection, statement, {}).rows or ()]
-
-    def set_data(self, connection: Connection, id: str, data: str) -> None:
-        """Replace the data of a row that is locked."""
-        statement = sa.update(self.table).where(self.table.c.id == id).values(data=data)
-        executed(connection, statement, {})
 
     def delete(self, connection: Connection, where: Where, ids: Sequence[str]) -> int:
         """Delete rows that are still to be found.
@@ -196,6 +159,19 @@ class Conversations:
         statement = sa.update(self.table).where(columns.id == id, columns.conversation.is_(None))
         executed(connection, statement.values({**values, **self._untouched}), {})
 
+    def of(self, connection: Connection, name: str, where: Where) -> Sequence[Any]:
+        """Return the rows of a conversation, those that have expired included."""
+        statement = sa.select(self.table).where(
+            self.table.c.conversation == name, *self._own(where)
+        )
+        return executed(connection, statement.order_by(self.table.c.id), {}).rows or ()
+
+    def is_there(self, connection: Connection, name: str) -> bool:
+        """Tell whether there is anything of a conversation, which is deleted if it has expired."""
+        self._lookups.sweep(connection, {"_conversation": name})
+        statement = sa.select(self.table.c.id).where(self.table.c.conversation == name).limit(1)
+        return executed(connection, statement, {}).found()
+
     def move(self, connection: Connection, id: str, to: str, values: dict[str, Any]) -> bool:
         """Give a row another id, and the columns that belong to it, unless that id is taken.
 
@@ -203,19 +179,30 @@ class Conversations:
         """
         columns = self.table.c
         values = {**values, "id": to, **self._untouched}
+        self._begin(connection)
         try:
             with connection.begin_nested():
                 statement = sa.update(self.table).where(columns.id == id).values(values)
                 executed(connection, statement, {})
             return True
         except IntegrityError:
-            executed(connection, sa.delete(self.table).where(columns.id == id), {})
+            # Or else it breaks a rule of the application's own table.
+            taken = sa.select(columns.id).where(columns.id == to).with_for_update()
+            if not executed(connection, taken, {}).found():
+                raise
+            self.remove(connection, [id])
             return False
+
+    def remove(self, connection: Connection, ids: Sequence[str]) -> None:
+        """Delete rows."""
+        executed(connection, sa.delete(self.table).where(self.table.c.id.in_(ids)), {})
 
     def _own(self, where: Where) -> list[sa.ColumnElement[bool]]:
         """Return the conditions on the row itself, which hold when it is written, too."""
         columns = self.table.c
         conditions = [columns[name] == value for name, value in where.fields.items()]
+        if all(value is None for value in where.fields.values()):
+            conditions.append(columns.conversation.is_not(None))  # whose it is, is not known
         if where.states is not None:
             conditions.append(columns.state.in_(where.states))
         if where.idle_for is not None:
@@ -246,12 +233,3 @@ class Conversations:
             found = sa.select(columns.id).where(columns.id.in_(ids), *others).subquery("found")
             conditions.append(columns.id.in_(sa.select(found.c.id)))
         return conditions
-
-
-def _is_in(state: sa.Column[Any], name: str, is_group: bool) -> sa.ColumnElement[bool]:
-    if not is_group:
-        return state == name
-    escaped = name.replace(_ESCAPE, 2 * _ESCAPE).replace("%", r"\%").replace("_", r"\_")
-    # SQLite's LIKE takes "a" and "A" for the same.
-    is_exact = sa.func.substr(state, 1, len(name) + 1) == f"{name}:"
-    return sa.and_(state.like(f"{escaped}:%", escape=_ESCAPE), is_exact)

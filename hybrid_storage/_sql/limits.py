@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from sqlalchemy import Connection, Dialect, Table, literal_column, select
@@ -25,10 +26,15 @@ class Limits:
     def __init__(self, table: Table, dialect: Dialect) -> None:
         """Find the limits."""
         self._table = table.fullname
-        length: int | None = getattr(table.c.id.type.dialect_impl(dialect), "length", None)
-        if length is None and isinstance(dialect, PGDialect):
-            length = _POSTGRESQL_KEY
-        self._key_length = length
+        # The id of a conversation is one of a row.
+        names = [name for name in ("id", "conversation") if name in table.c]
+        lengths = {
+            name: getattr(table.c[name].type.dialect_impl(dialect), "length", None)
+            or (_POSTGRESQL_KEY if isinstance(dialect, PGDialect) else sys.maxsize)
+            for name in names
+        }
+        self._key_column = min(names, key=lambda name: lengths[name])
+        self._key_length: int = lengths[self._key_column]
         self._is_mysql = isinstance(dialect, MySQLDialect)
         self._is_postgresql = isinstance(dialect, PGDialect)
 
@@ -62,11 +68,11 @@ class Limits:
             )
 
     def _check_key(self, row: str) -> None:
-        if self._key_length is not None and len(row) > self._key_length:
+        if len(row) > self._key_length:
             raise ValueError(
-                f"the key {row[:40]!r}... has {len(row)} characters, column 'id' of table "
-                f"{self._table!r} holds {self._key_length}: use a key builder that writes shorter "
-                "keys, or a model of your own with a longer column"
+                f"the key {row[:40]!r}... has {len(row)} characters, column "
+                f"{self._key_column!r} of table {self._table!r} holds {self._key_length}: use a "
+                "key builder that writes shorter keys, or a model of your own with a longer column"
             )
         if self._is_mysql and row.endswith(" "):
             raise ValueError(

@@ -76,6 +76,8 @@ class Lookups:
         )
         self._sweep = sa.delete(table).where(
             table.c.conversation == sa.bindparam("_conversation"),
+            # Once more of the row itself: PostgreSQL looks again at one that it has waited for.
+            table.c.written_at <= since,
             sa.select(of_one.subquery("newest").c.time).scalar_subquery() <= since,
         )
 
