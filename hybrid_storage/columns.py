@@ -7,7 +7,7 @@ understands. With them the storage finds, counts, changes and expires conversati
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aiogram.fsm.storage.base import DEFAULT_DESTINY, StorageKey
 from sqlalchemy import BigInteger, ColumnElement, Double, Index, String, literal_column
@@ -51,14 +51,16 @@ class ConversationColumns:
     idle_handled: Mapped[float | None] = mapped_column(Double, default=_NONE, onupdate=_NONE)
     """The longest ``after`` of ``on_idle()`` that was dealt with since the last write."""
 
-    @declared_attr.directive
-    def __table_args__(cls) -> Any:
-        beside: Any = getattr(super(), "__table_args__", None) or ()  # of the declarative base
-        if isinstance(beside, dict):
-            beside = (beside,)
-        if any("__table__" in vars(base) for base in cls.mro()[1:]):  # type: ignore[attr-defined]
-            return beside or None  # inherits the table, and its indexes
-        return (state_index(cls.__tablename__), *beside)  # type: ignore[attr-defined]
+    if not TYPE_CHECKING:  # a model may have a tuple or a dict of its own
+
+        @declared_attr.directive
+        def __table_args__(cls) -> Any:
+            beside: Any = getattr(super(), "__table_args__", None) or ()  # of the declarative base
+            if isinstance(beside, dict):
+                beside = (beside,)
+            if any("__table__" in vars(base) for base in cls.mro()[1:]):
+                return beside or None  # inherits the table, and its indexes
+            return (state_index(cls.__tablename__), *beside)
 
 
 def state_index(table_name: str) -> Index:
