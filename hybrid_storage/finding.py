@@ -69,7 +69,7 @@ def where_of(what: str, filters: Filters, *, is_change: bool = False) -> Where:
     for name in filters:
         if name not in known:
             raise TypeError(f"{what}() finds by {', '.join(sorted(known))}, not by {name!r}")
-    if is_change and not any(name != "destiny" or filters["destiny"] for name in filters):
+    if is_change and not any(name != "destiny" or filters.get("destiny") for name in filters):
         raise ValueError(f"{what}() without a filter would change every conversation: name one")
     given: dict[str, Any] = {**filters}
     fields = {name: given[name] for name in FIELDS if name in given}
