@@ -30,8 +30,8 @@ class Filters(TypedDict, total=False):
     business_connection_id: str | None
     destiny: str | None
     """By default ``"default"``, a conversation's main row; None finds the rows of all destinies."""
-    state: OneOrMoreStates
-    """A state, a group with the groups in it, or several states."""
+    state: OneOrMoreStates | None
+    """A state, a group with the groups in it, or several states; None finds those without one."""
     idle_for: float
     """Seconds in which nothing of the conversation was written, by the database's clock."""
 
@@ -77,7 +77,11 @@ def where_of(what: str, filters: Filters, *, is_change: bool = False) -> Where:
         del fields["destiny"]
     if "idle_for" in given:
         check_seconds(idle_for=given["idle_for"])
-    states = _names(given["state"]) if "state" in given else None
+    states = None
+    if given.get("state") is not None:
+        states = _names(given["state"])
+    elif "state" in given:
+        fields["state"] = None
     return Where(fields, states, given.get("idle_for"))
 
 

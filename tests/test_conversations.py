@@ -153,6 +153,7 @@ async def test_pages_follow_each_other_and_miss_nothing(
 async def test_states_are_counted(storage: SQLAlchemyStorage) -> None:
     await storage.set_state(key_of(5), None)
     assert await storage.count_by_state() == {"Order:payment": 2, "Order:cart": 2, None: 1}
+    assert await users(storage, state=None) == [5]
 
 
 @pytest.mark.parametrize("lease", [30.0, None], ids=["lease", "this process"])
