@@ -150,13 +150,16 @@ def reads(*, columns: bool = True) -> Decorator:
     return decorate
 
 
-def changes(verb: str, past: str, *, columns: bool = True, asks: bool = True) -> Decorator:
+def changes(
+    verb: str, past: str, *, what: str = "row", columns: bool = True, asks: bool = True
+) -> Decorator:
     """Make a command of a function that changes rows: it gets a storage, and returns how many.
 
     The storage's ``dry_run`` tells it to change nothing; batches are rolled back by themselves.
 
     :param verb: what happens to the rows
     :param past: the same, of what has happened
+    :param what: one of what is counted
     :param columns: whether it needs the columns to look conversations by
     :param asks: whether it destroys what nobody can bring back
     """
@@ -172,9 +175,11 @@ def changes(verb: str, past: str, *, columns: bool = True, asks: bool = True) ->
             done = total
             if not dry_run and total != 0:
                 if not yes:
-                    click.confirm(f"{verb.capitalize()} {_rows(total)}?", abort=True, err=True)
+                    click.confirm(
+                        f"{verb.capitalize()} {_told(total, what)}?", abort=True, err=True
+                    )
                 done = asyncio.run(change(call, arguments, total, dry_run=False))
-            text = f"would {verb} {_rows(done)}" if dry_run else f"{past} {_rows(done)}"
+            text = f"would {verb} {_told(done, what)}" if dry_run else f"{past} {_told(done, what)}"
             call.out.result({"changed": done, "dry_run": dry_run}, text)
 
         async def change(
@@ -191,7 +196,9 @@ def changes(verb: str, past: str, *, columns: bool = True, asks: bool = True) ->
                         return await function(storage, **arguments)
                     except asyncio.CancelledError:
                         if not dry_run:
-                            click.echo(f"{past} {_rows(storage.changed)} before that", err=True)
+                            click.echo(
+                                f"{past} {_told(storage.changed, what)} before that", err=True
+                            )
                         raise
 
         options = [click.option("--dry-run", is_flag=True, help="Change nothing, only count.")]
@@ -250,5 +257,5 @@ def _explained(error: Exception) -> str:
     return in_short(error)
 
 
-def _rows(number: int | None) -> str:
-    return f"{number} row" if number == 1 else f"{number} rows"
+def _told(number: int | None, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -32,7 +32,7 @@ def _run(call: Call, source: URL, dry_run: bool, **options: Any) -> None:
     SOURCE is the URL of aiogram's RedisStorage, or of the database of a table. TARGET is the
     database to move them to. What is there already stays. Nothing is removed from the source, so
     you can stop the command and run it again. Conversations that can't be moved are listed.
-    If the second look at both finds a difference, the exit code is 1.
+    If some are, or if the second look at both finds a difference, the exit code is 1.
     """
 
     async def run() -> Report:
@@ -51,7 +51,7 @@ def _run(call: Call, source: URL, dry_run: bool, **options: Any) -> None:
     if not call.out.as_json:
         for refused in report.refusals:
             click.echo(f"{printable(refused.name)}: {printable(refused.reason)}", err=True)
-    if not (dry_run or report.verified):
+    if not dry_run and (report.refused or not report.verified):
         sys.exit(1)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from aiogram.fsm.storage.base import KeyBuilder
@@ -75,14 +76,18 @@ async def opened(
     columns: bool | None = None,
     key_builder: KeyBuilder | None = None,
     expires_after: float | None = None,
+    creates: bool = False,
 ) -> AsyncIterator[CountingStorage]:
     """Open a storage on a table, with the columns to look conversations by if it has them.
 
     :param table: its name, with its schema before a dot
     :param columns: whether the table is to have the columns; None looks
     :param expires_after: as for the storage; needs the columns
-    :raises Unfit: if the table is missing, or lacks columns that are needed
+    :param creates: whether a SQLite file may be made
+    :raises Unfit: if that is not there
     """
+    if not creates:
+        _require_file(url)
     engine, factory = engine_and_factory(url, {})
     schema, _, name = table.rpartition(".")
     options: dict[str, Any] = {"key_builder": key_builder}
@@ -102,6 +107,13 @@ async def opened(
         yield storage
     finally:
         await storage.close()
+
+
+def _require_file(url: URL) -> None:
+    """Refuse a SQLite file that is not there: to connect would make it."""
+    file = url.database if url.get_backend_name() == "sqlite" else None
+    if file and file != ":memory:" and "file:" not in file and not Path(file).exists():
+        raise Unfit(f"there is no file {Path(file).absolute()}")
 
 
 async def require(storage: CountingStorage, *, columns: bool) -> None:

@@ -32,7 +32,7 @@ def create(call: Call, columns: bool, lock_table: bool, dry_run: bool) -> None:
     """Create the tables that are missing."""
 
     async def run() -> tuple[list[str], list[str]]:
-        async with opened(call.url, call.table, columns=columns) as storage:
+        async with opened(call.url, call.table, columns=columns, creates=True) as storage:
             if lock_table:
                 storage.create_isolation()
             names = await storage._with_tables(missing)

@@ -56,7 +56,10 @@ class Report:
     target_checksum: str = ""
     """Of what it found here for the same conversations."""
     verified: bool = False
-    """Whether the second look found none missing and none changed, and the checksums are equal."""
+    """Whether the second look found none missing and none changed, and the checksums are equal.
+
+    It says nothing of those that are refused.
+    """
 
     __module__ = MODULE
 
@@ -69,6 +72,8 @@ class Report:
         )
         if self.dry_run:
             return f"{told}. Nothing was written"
+        if self.verified and self.refused:
+            return f"{told}. Verified, but for those refused, which are NOT here"
         if self.verified:
             return f"{told}. Verified"
         return f"{told}. NOT verified: {self.missing} missing, {self.changed} changed since"

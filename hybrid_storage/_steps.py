@@ -185,7 +185,7 @@ class Steps:
                 moved += self._sql.move(connection, row.id, self._codec.row(key), values)
         return moved
 
-    def filling(self, parse: Callable[[str], StorageKey] | None) -> Step:
+    def filling(self, parse: Callable[[str], StorageKey] | None, written_now: bool) -> Step:
         """Return the step that fills the columns of some rows."""
         self.check("fill_columns")
         parse = parse or FullKeyBuilder().parse
@@ -200,7 +200,8 @@ class Steps:
                         continue
                 except ValueError:
                     continue  # another key builder's; left as it is, and told by the number
-                self._sql.fill(connection, id, values_of(key, self._codec.conversation(key)))
+                values = values_of(key, self._codec.conversation(key))
+                self._sql.fill(connection, id, values, is_written=written_now)
                 filled += 1
             return Batch(ids, filled)
 

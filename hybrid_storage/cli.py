@@ -38,8 +38,15 @@ def app() -> None:
     """See and steer the conversations of a bot: its FSM's states and data."""
 
 
+def _parse_key(text: str) -> StorageKey:
+    try:
+        return _KEYS.parse(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is no key: write bot:chat:user, such as 42:7:7") from None
+
+
 def _with_key(function: Callable[..., Any]) -> Callable[..., Any]:
-    return click.argument("key", callback=parsed(_KEYS.parse))(function)
+    return click.argument("key", callback=parsed(_parse_key))(function)
 
 
 def _with_filters(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -152,6 +159,8 @@ async def count(storage: CountingStorage, out: Output, **given: Any) -> None:
 async def show(storage: CountingStorage, out: Output, key: StorageKey) -> None:
     """Show a conversation: its state and its data."""
     found = await storage.conversation(key)
+    if found.state is None and not found.text and not out.as_json:
+        click.echo("there is no such conversation", err=True)
     document = {**_document(found, with_data=False), "data": found.data}
     if out.as_json:
         out.result(document, "")
@@ -185,8 +194,8 @@ async def set_(
 
 
 @app.command()
-@changes("delete", "deleted", columns=False)
-@click.argument("key", required=False, callback=parsed(_KEYS.parse))
+@changes("delete", "deleted", what="conversation", columns=False)
+@click.argument("key", required=False, callback=parsed(_parse_key))
 @_with_filters
 async def clear(storage: CountingStorage, key: StorageKey | None, **given: Any) -> int:
     """Delete a conversation, or those that filters find, with their scenes and dialogs."""
@@ -254,9 +263,10 @@ async def purge(storage: CountingStorage, expires_after: float) -> int:
 
 @app.command()
 @changes("fill", "filled", asks=False)
-async def fill(storage: CountingStorage) -> int:
+@click.option("--written-now", is_flag=True, help="Their time begins now; else it is not known.")
+async def fill(storage: CountingStorage, written_now: bool) -> int:
     """Fill the columns of rows that were there before the columns."""
-    return await storage.fill_columns()
+    return await storage.fill_columns(written_now=written_now)
 
 
 app.add_command(tables)

@@ -138,14 +138,18 @@ class Operations(ConversationOperations):
         """
         return self._all(session, self._steps.purging())
 
-    def fill_columns(self, session: AnySync, parse: Parse | None = None) -> int:
+    def fill_columns(
+        self, session: AnySync, parse: Parse | None = None, *, written_now: bool = False
+    ) -> int:
         """Fill the columns to look by in rows that were there before the columns.
 
         :param session: the session to write in
         :param parse: makes a key of a row's id; by default that of :class:`FullKeyBuilder`
+        :param written_now: whether their time begins now. Otherwise it is not known until they are
+            written to, and they neither expire nor count as idle
         :return: how many rows were filled; those that cannot be parsed are left as they are
         """
-        return self._all(session, self._steps.filling(parse))
+        return self._all(session, self._steps.filling(parse, written_now))
 
     def _read(self, session: AnySync, function: Callable[[Connection], Any]) -> Any:
         return run(session, self._calls.reading("conversations", function))

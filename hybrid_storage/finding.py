@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any, TypeAlias, TypedDict
 
@@ -17,6 +17,9 @@ from ._sql.lookups import FIELDS
 from .columns import key_of
 
 OneOrMoreStates: TypeAlias = "State | str | type[StatesGroup] | Sequence[State | str]"
+
+
+_MAY_BE_NONE = ("thread_id", "business_connection_id", "destiny")
 
 
 class Filters(TypedDict, total=False):
@@ -46,7 +49,7 @@ class FoundConversation:
     """When the row was last written to; None if that is not known."""
     text: str | None
     """The data as JSON text."""
-    _codec: Codec
+    _codec: Codec = field(repr=False, compare=False)
 
     @property
     def data(self) -> dict[str, Any]:
@@ -73,6 +76,10 @@ def where_of(what: str, filters: Filters, *, is_change: bool = False) -> Where:
         raise ValueError(f"{what}() without a filter would change every conversation: name one")
     given: dict[str, Any] = {**filters}
     fields = {name: given[name] for name in FIELDS if name in given}
+    for name, value in fields.items():
+        kind = str if name in ("business_connection_id", "destiny") else int
+        if not (isinstance(value, kind) or (value is None and name in _MAY_BE_NONE)):
+            raise TypeError(f"{what}() finds by one {name}, of type {kind.__name__}, not {value!r}")
     if fields.setdefault("destiny", DEFAULT_DESTINY) is None:
         del fields["destiny"]
     if "idle_for" in given:

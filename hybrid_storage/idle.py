@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
+from inspect import isawaitable
 from typing import Any
 
 import anyio
@@ -78,10 +79,16 @@ class Idle(Steering[S]):
         while every is not None:
             try:
                 await round.run()
+            except TypeError:
+                raise
             except Exception as error:
                 logger.warning("%s failed, and goes on: %s", round, in_short(error))
             await anyio.sleep(every)
         return await round.run()
+
+
+class _NotAsynchronous(Exception):
+    """The action has returned something that cannot be awaited."""
 
 
 class _Round:
@@ -106,6 +113,7 @@ class _Round:
         self._retry_after = retry_after
         self._failed: dict[StorageKey, float] = {}
         self._handed = 0
+        self._is_wrong = False
 
     def __str__(self) -> str:
         return f"on_idle(after={self._after:g}, action={getattr(self._action, '__name__', '?')})"
@@ -125,6 +133,10 @@ class _Round:
                     if key not in self._failed:
                         await self._limiter.acquire_on_behalf_of(key)
                         group.start_soon(self._handle, key)
+            if self._is_wrong:  # it would be called for ever
+                raise TypeError(
+                    f"on_idle() takes an async function as action, not {self._action!r}"
+                )
             logger.info("%s: %d conversations so far", self, self._handed)
             after = rows[-1]
         return self._handed
@@ -133,6 +145,8 @@ class _Round:
         try:
             async with self._isolation.lock(key):
                 await self._hand_out(key)
+        except _NotAsynchronous:
+            self._is_wrong = True
         except Exception:
             self._failed[key] = time.monotonic() + self._retry_after
             logger.exception("%s failed for %s", self, key)
@@ -144,7 +158,10 @@ class _Round:
         # Another process may have dealt with it, or its user may have, since it was found.
         if not await storage._read(partial(steps.is_still, where=self._where, key=key)):
             return
-        await self._action(await storage.conversation(key))
+        result: object = self._action(await storage.conversation(key))
+        if not isawaitable(result):
+            raise _NotAsynchronous
+        await result
         await storage.flush()
         mark = partial(steps.handled, key=key, after=self._after)
         await storage._access.execute(storage._calls.writing("conversations", mark))

@@ -51,9 +51,14 @@ async def migrate(
     :param dry_run: only count what would be moved, what is here and what is refused
     :param batch: how many conversations to move at a time
     :param on_progress: called after each batch, with the report so far
+    :raises TypeError: if the source or the target is not of its kind
     :raises ValueError: if the batch is not 1 or more
     :return: the report
     """
+    if not all(hasattr(source, name) for name in ("names", "read")):
+        raise TypeError(f"source is a Source, such as RedisSource(old, bot_id=...), not {source!r}")
+    if not isinstance(target, SQLAlchemyStorage):
+        raise TypeError(f"target is a SQLAlchemyStorage, not {target!r}")
     if batch < 1:
         raise ValueError(f"batch is a number of conversations, 1 or more, not {batch!r}")
     report = Report(dry_run=dry_run)

@@ -17,6 +17,7 @@ from sqlalchemy import Connection
 from typing_extensions import Unpack
 
 from ._codec import Change
+from ._engine.retries import logger
 from ._steps import Batch, Step, Steps
 from .conversations import Parse
 from .finding import Filters, FoundConversation
@@ -175,18 +176,25 @@ class Steering(Updates[S]):
         """
         return await self._all(self._steps.purging())
 
-    async def fill_columns(self, parse: Parse | None = None) -> int:
+    async def fill_columns(self, parse: Parse | None = None, *, written_now: bool = False) -> int:
         """Fill the columns to look by in rows that were there before the columns.
 
         :param parse: makes a key of a row's id; by default that of :class:`FullKeyBuilder`
+        :param written_now: whether their time begins now. Otherwise it is not known until they are
+            written to, and they neither expire nor count as idle
         :return: how many rows were filled; those that cannot be parsed are left as they are
         """
-        return await self._all(self._steps.filling(parse))
+        return await self._all(self._steps.filling(parse, written_now))
 
     async def _read(self, function: Callable[[Connection], Any]) -> Any:
         return await self._access.execute(self._calls.reading("conversations", function))
 
     async def _all(self, step: Step) -> int:
+        if self._fallback is not None:
+            logger.warning(
+                "conversations that are still in the fallback storage are not changed, and come "
+                "back as they are there: move them first, with hybrid_storage.migration.migrate()"
+            )
         await self.units.write()  # what this update has collected comes before
         changed, after = 0, None
         try:

@@ -150,6 +150,8 @@ def test_the_real_command_sees_and_steers_a_database_by_each_driver(
     backend: Backend, open_shell: Open
 ) -> None:
     shell = open_shell(backend)
+    if backend.server == "sqlite":
+        Path(str(shell.url.database)).touch()  # a database without tables
     missing = shell.run("tables", "check")
     assert missing.exit_code == 1
     assert missing.stderr.splitlines() == [
@@ -257,8 +259,8 @@ def test_a_conversation_is_cleared_with_its_scenes(shell: Shell) -> None:
         shell.done("set", key, "--data", '{"a": 1}')
     assert len(shell.lines("list")) == 2
     assert len(shell.lines("list", "--all-rows")) == 3
-    assert shell.done("clear", "1:2:3", "--dry-run")["changed"] == 2
-    assert shell.done("clear", "1:2:3", "--yes")["changed"] == 2
+    assert shell.done("clear", "1:2:3", "--dry-run")["changed"] == 1
+    assert shell.done("clear", "1:2:3", "--yes")["changed"] == 1
     assert [each["key"] for each in shell.lines("list", "--all-rows")] == ["1:2:4"]
 
 
@@ -307,7 +309,7 @@ def test_another_key_builder_is_taken_from_a_module(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["show", "7"], "does not have the form bot:chat:user"),
+        (["show", "7"], "'7' is no key: write bot:chat:user"),
         (["set", "1:2:3"], "pass --state or --no-state"),
         (["set", "1:2:3", "--state", "a", "--no-state"], "pass --state or --no-state"),
         (["set", "1:2:3", "--data", "[]"], "--data is a JSON object, not []"),
@@ -434,7 +436,7 @@ def test_ctrl_c_leaves_whole_batches(backend: Backend, open_shell: Open) -> None
             out, errors = command.communicate(timeout=PATIENCE)
     engine.dispose()
     assert (command.returncode, out) == (130, "")
-    assert errors.splitlines() == ["deleted 500 rows before that", "interrupted"]
+    assert errors.splitlines() == ["deleted 500 conversations before that", "interrupted"]
     assert shell.number() == 700
 
 
@@ -477,13 +479,13 @@ def test_a_table_of_the_former_package_is_moved(open_shell: Open) -> None:
     assert (would["found"], would["moved"], would["refused"]) == (3, 2, 1)
     assert new.number() == 0
     done = new.run(*command)
-    assert done.exit_code == 0
-    assert done.stdout.endswith(" Verified\n")
+    assert done.exit_code == 1
+    assert done.stdout.endswith(" Verified, but for those refused, which are NOT here\n")
     assert done.stderr.startswith("lost: ")
     assert [each["key"] for each in new.lines("list")] == ["42:-1:8", "42:7:7"]
-    assert new.done(*command)["same"] == 2
+    assert json.loads(new.run(*command, "--json").stdout)["same"] == 2
     new.done("set", "42:7:7", "--state", "changed")
-    assert new.done(*command)["different"] == 1
+    assert json.loads(new.run(*command, "--json").stdout)["different"] == 1
     missing = new.run("migrate", *urls, "--source-table", "nothing")
     assert (missing.exit_code, "table 'nothing' is missing" in missing.stderr) == (1, True)
 
@@ -530,3 +532,20 @@ def test_a_missing_library_is_told_with_the_extra_that_brings_it(library: str) -
         f"hybrid-storage needs {library}, which the extra brings: "
         "pip install 'aiogram-hybrid-storage[cli]'\n"
     )
+
+
+def test_a_file_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    file = tmp_path / "typo.db"
+    for command in (["list"], ["tables", "check"], ["show", "42:7:7"]):
+        result = CliRunner().invoke(app, [*command, "--url", f"sqlite:///{file}"])
+        assert result.exit_code == 1
+        assert f"there is no file {file}" in result.stderr
+        assert not file.exists()
+    result = CliRunner().invoke(app, ["tables", "create", "--url", f"sqlite:///{file}"])
+    assert result.exit_code == 0
+    assert file.exists()
+    result = CliRunner().invoke(app, ["show", "42:7:7", "--url", f"sqlite:///{file}"])
+    assert "no such conversation" in result.stderr
+    result = CliRunner().invoke(app, ["show", "7", "--url", f"sqlite:///{file}"])
+    assert "write bot:chat:user" in result.stderr
+    assert result.exit_code == 2

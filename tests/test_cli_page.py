@@ -41,6 +41,7 @@ def printed(block: str) -> Iterator[str]:
 def page_as_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Return the page with what its commands print on a terminal."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "bot.db").touch()  # a database without tables
     monkeypatch.setenv("HYBRID_STORAGE_URL", "sqlite:///bot.db")
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(_cli_output, "is_terminal", lambda stream: stream is sys.stdout)

@@ -232,6 +232,28 @@ async def test_rows_from_before_the_columns_are_filled_and_keep_what_they_hold(
     assert (await storage.conversation(key_of(7))).written_at is not None
 
 
+async def test_the_time_of_rows_that_are_filled_may_begin_now(
+    open_storage: Open, backend: Backend
+) -> None:
+    storage: SQLAlchemyStorage = await open_storage(backend, columns=True)
+    table = storage.table
+    row: dict[str, Any] = {**dict.fromkeys(table.columns.keys()), "id": "42:7:7", "state": "x"}
+    await storage.run_sync(
+        lambda session: session.connection().execute(insert(table), row) and None
+    )
+    assert await storage.fill_columns(written_now=True) == 1
+    assert await users(storage, idle_for=0) == [7]
+    assert await users(storage, idle_for=3600) == []
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"user_id": [1, 2]}, {"chat_id": "7"}, {"user_id": None}, {"destiny": 3}], ids=str
+)
+async def test_a_filter_is_one_value_of_its_type(storage: SQLAlchemyStorage, wrong: Any) -> None:
+    with pytest.raises(TypeError, match=f"finds by one {next(iter(wrong))}, of type"):
+        await storage.count(**wrong)
+
+
 # One atomically
 
 

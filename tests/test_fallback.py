@@ -438,3 +438,14 @@ async def test_data_that_cannot_be_stored_are_refused_and_stay_there(
 async def test_something_that_is_no_storage_is_refused(wrong: Any) -> None:
     with pytest.raises(TypeError, match=re.escape(repr(wrong))):
         SQLAlchemyStorage.from_url("sqlite://", fallback=wrong)
+
+
+async def test_a_bulk_change_says_that_it_does_not_reach_the_former_storage(
+    old: Old, open_storage: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = await open_storage(SQLITE[0], columns=True, fallback=old)
+    assert await storage.forget_user(KEY.user_id) == 0
+    assert "migrate()" in caplog.text
+    assert await storage.get_state(KEY) == STATE
+    assert await storage.forget_user(KEY.user_id) == 1
+    assert await storage.get_state(KEY) is None

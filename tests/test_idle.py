@@ -234,3 +234,14 @@ async def test_wrong_arguments_are_told(bot: Any) -> None:
     for name, value in [("at_once", 0), ("every", -1.0), ("at_once", 0.5), ("after", 0)]:
         with pytest.raises(ValueError, match=name):
             await storage.on_idle(**{**good, name: value})
+
+
+async def test_an_action_that_is_not_asynchronous_is_told_at_once(bot: Any) -> None:
+    storage, isolation = bot
+    await age(storage, DAY)
+    sent: list[Any] = []
+    action: Any = sent.append
+    for every in (None, 60.0):
+        with pytest.raises(TypeError, match="async function"):
+            await storage.on_idle(after=HOUR, action=action, isolation=isolation, every=every)
+    assert len({each.key for each in sent}) <= len(USERS)

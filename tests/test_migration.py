@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from aiogram.fsm.storage.base import DefaultKeyBuilder, KeyBuilder, StorageKey
+from aiogram.fsm.storage.memory import MemoryStorage
 from backends import POSTGRESQL, SQLITE, Backend
 from conftest import Open, rows
 from former import KINDS, Former, contents, conversations, fill, former
@@ -415,3 +416,13 @@ async def test_conversations_of_raitos_storage_are_moved(
     reasons = {each.name: each.reason for each in report.refusals}
     assert "may be a key with a business connection" in reasons["42:7:7:Ab_1:default"]
     assert "does not begin with the numbers" in reasons["7:default"]
+
+
+async def test_what_is_no_source_and_no_target_is_told() -> None:
+    storage = SQLAlchemyStorage.from_url("sqlite://")
+    wrong: Any = MemoryStorage()
+    with pytest.raises(TypeError, match="RedisSource"):
+        await migrate(wrong, storage)
+    with pytest.raises(TypeError, match="target is a SQLAlchemyStorage"):
+        await migrate(TableSource(storage), wrong)
+    await storage.close()

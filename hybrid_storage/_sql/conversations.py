@@ -153,11 +153,17 @@ class Conversations(Renames):
         statement = sa.update(self.table).where(columns.conversation == conversation)
         executed(connection, statement.values(values), {})
 
-    def fill(self, connection: Connection, id: str, values: dict[str, Any]) -> None:
-        """Fill the columns of a row, which is not written to: its time stays."""
+    def fill(
+        self, connection: Connection, id: str, values: dict[str, Any], *, is_written: bool
+    ) -> None:
+        """Fill the columns of a row.
+
+        :param is_written: whether that counts as a write. Otherwise its time stays
+        """
         columns = self.table.c
         statement = sa.update(self.table).where(columns.id == id, columns.conversation.is_(None))
-        executed(connection, statement.values({**values, **self._untouched}), {})
+        time = {} if is_written else self._untouched
+        executed(connection, statement.values({**values, **time}), {})
 
     def of(self, connection: Connection, name: str, where: Where) -> Sequence[Any]:
         """Return the rows of a conversation, those that have expired included."""
