@@ -344,7 +344,8 @@ async def test_fifty_users_order_at_once(shop: None) -> None:
     with anyio.fail_after(PATIENCE):
         await asyncio.gather(*payments)
     ticking.cancel()
-    assert max(ticker_while_free + ticker.late) < 1
+    late = sorted(ticker_while_free + ticker.late)
+    assert late[len(late) * 9 // 10] < 0.25
 
     sold = books()
     assert sold["orders"] == [("Tea", 3, "221b Baker Street")] * 40
