@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import platform
 import sys
@@ -50,6 +51,7 @@ PACKAGES = ("aiogram", "SQLAlchemy", "asyncpg", "psycopg", "aiosqlite", "asyncmy
 def main() -> None:
     """Measure, or read the figures of an earlier run, and show them."""
     options = _options()
+    logging.getLogger("hybrid_storage").setLevel(logging.ERROR)  # warns of several isolations
     console = Console(width=None if sys.stdout.isatty() else 200)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.read:
