@@ -18,7 +18,29 @@ from ._sql.results import executed
 from .storage import SQLAlchemyStorage
 
 
-class TableSource:
+class _OfRows:
+    """A source of which each row is a conversation."""
+
+    _table: _Table
+
+    def names(self, batch: int) -> AsyncIterator[Sequence[str]]:
+        """List the rows' ids. See :class:`Source`."""
+        return self._table.names(batch)
+
+    async def read(self, names: Sequence[str]) -> Sequence[Conversation | Refused]:
+        """Return what the rows hold. See :class:`Source`."""
+        found = await self._table.read(names)
+        return [
+            read_one(name, partial(self._conversation, name, state, data))
+            for name, state, data in found
+            if state is not None or data
+        ]
+
+    def _conversation(self, name: str, state: str | None, data: Any) -> Conversation:
+        raise NotImplementedError
+
+
+class TableSource(_OfRows):
     """The conversations of a table of ours, or of aiogram-sqlalchemy-storage's, which is alike."""
 
     __module__ = MODULE
@@ -38,25 +60,12 @@ class TableSource:
         self._parse = parser_of(storage.key_builder, bot_id, parse)
         self._table = _Table(storage, storage.table, "id")
 
-    def names(self, batch: int) -> AsyncIterator[Sequence[str]]:
-        """List the rows' ids. See :class:`Source`."""
-        return self._table.names(batch)
-
-    async def read(self, names: Sequence[str]) -> Sequence[Conversation | Refused]:
-        """Return what the rows hold. See :class:`Source`."""
-        found = await self._table.read(names)
-        return [
-            read_one(name, partial(self._conversation, name, state, data))
-            for name, state, data in found
-            if state is not None or data
-        ]
-
     def _conversation(self, name: str, state: str | None, data: str | None) -> Conversation:
         key = self._parse(name)
         return Conversation(name, key, state, self.storage._codec.load(key, data))
 
 
-class RaitoSource:
+class RaitoSource(_OfRows):
     """The conversations of raito's ``SQLAlchemyStorage``, from its table ``raito__fsm_storage``."""
 
     __module__ = MODULE
@@ -78,19 +87,6 @@ class RaitoSource:
         table = sa.Table(table_name, sa.MetaData(), *columns, sa.Column("data", sa.JSON))
         self._table = _Table(storage, table, "key")
         self._separator = separator
-
-    def names(self, batch: int) -> AsyncIterator[Sequence[str]]:
-        """List the rows' keys. See :class:`Source`."""
-        return self._table.names(batch)
-
-    async def read(self, names: Sequence[str]) -> Sequence[Conversation | Refused]:
-        """Return what the rows hold. See :class:`Source`."""
-        found = await self._table.read(names)
-        return [
-            read_one(name, partial(self._conversation, name, state, data))
-            for name, state, data in found
-            if state is not None or data
-        ]
 
     def _conversation(self, name: str, state: str | None, data: Any) -> Conversation:
         return Conversation(name, _parse_raito(name, self._separator), state, data or {})
