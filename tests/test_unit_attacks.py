@@ -294,9 +294,11 @@ async def test_an_event_loop_that_was_closed_with_a_lock_keeps_nobody_out(
     backend: Backend, open_storage: Open
 ) -> None:
     async with running(await open_storage(backend), None) as bot:
+        held: list[Any] = []  # or the loop would leave it while it is still open
 
         async def enter() -> None:
-            await bot.isolation.lock(KEY).__aenter__()
+            held.append(bot.isolation.lock(KEY))
+            await held[0].__aenter__()
 
         def abandon() -> asyncio.AbstractEventLoop:
             loop = asyncio.new_event_loop()
