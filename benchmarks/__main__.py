@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import logging
 import os
 import platform
@@ -143,7 +144,9 @@ def _write_docs(results: Results) -> None:
     page = DOCS / "performance.md"
     head, _, rest = page.read_text().partition(BEGIN)
     _, _, tail = rest.partition(END)
-    results.save(DOCS / "performance-figures.json")
+    figures = DOCS / "performance-figures.json"
+    results.save(figures)
+    figures.write_text(json.dumps(json.loads(figures.read_text())) + "\n")  # on one line
     texts = "\n\n".join(table.markdown() for table in tables(results))
     made = ", ".join(f"{name} {value}" for name, value in results.environment.items()) + "."
     (DOCS / "performance-tables.md").write_text(f"# All figures\n\n{made}\n\n{texts}\n")

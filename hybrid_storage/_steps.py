@@ -86,7 +86,7 @@ class Steps:
         where, name = self.where("change_states", filters, is_change=True), self._codec.state(state)
 
         def step(after: Any, connection: Connection) -> Batch:
-            rows = self._page(connection, where, after)
+            rows = self.page(connection, where, after)
             ids = [row.id for row in rows]
             return Batch(rows, self._sql.set_state(connection, where, ids, name) if ids else 0)
 
@@ -97,7 +97,7 @@ class Steps:
         where = _of_any_row(self.where("clear_all", filters, is_change=True), filters)
 
         def step(after: Any, connection: Connection) -> Batch:
-            rows = self._page(connection, where, after)
+            rows = self.page(connection, where, after)
             if not rows:
                 return Batch(rows, 0)
             before = self._sql.locked(connection, sorted({row.conversation for row in rows}))
@@ -157,7 +157,7 @@ class Steps:
             )
 
         def step(after: Any, connection: Connection) -> Batch:
-            rows = self._page(connection, where, after)
+            rows = self.page(connection, where, after)
             moved = 0
             for name in dict.fromkeys(row.conversation for row in rows):
                 moved += self._move(connection, self._sql.of(connection, name, where), old, new)
@@ -215,9 +215,6 @@ class Steps:
             if not isinstance(value, int):
                 raise TypeError(f"{what}() takes a number as {name}, not {value!r}")
         return Where(fields)
-
-    def _page(self, connection: Connection, where: Where, after: Any) -> Sequence[Any]:
-        return self._sql.page(connection, where, after, PAGE)
 
     def _delete(self, where: Where, after: Any, connection: Connection) -> Batch:
         rows = self._sql.page_to_delete(connection, where, after, PAGE)

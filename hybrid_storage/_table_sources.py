@@ -6,6 +6,7 @@ For ``migration.py``, which has the public names.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from ._sql.results import executed
 from .storage import SQLAlchemyStorage
 
 
-class _OfRows:
+class _OfRows(ABC):
     """A source of which each row is a conversation."""
 
     _table: _Table
@@ -36,8 +37,9 @@ class _OfRows:
             if state is not None or data
         ]
 
+    @abstractmethod
     def _conversation(self, name: str, state: str | None, data: Any) -> Conversation:
-        raise NotImplementedError
+        """Return what a row holds."""
 
 
 class TableSource(_OfRows):

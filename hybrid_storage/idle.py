@@ -156,7 +156,9 @@ class _Round:
     async def _hand_out(self, key: StorageKey) -> None:
         storage, steps = self._storage, self._storage._steps
         # Another process may have dealt with it, or its user may have, since it was found.
-        if not await storage._read(partial(steps.is_still, where=self._where, key=key)):
+        if self._is_wrong or not await storage._read(
+            partial(steps.is_still, where=self._where, key=key)
+        ):
             return
         result: object = self._action(await storage.conversation(key))
         if not isawaitable(result):

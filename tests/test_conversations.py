@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import tracemalloc
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -451,3 +452,12 @@ async def test_the_first_page_of_many_rows_comes_at_once(
                 sys.stdout.write(f"\n{filters} of {ROWS:,} rows: {plan['Execution Time']:.2f} ms")
         assert "Seq Scan" not in str(plan)
         assert plan["Execution Time"] < 100  # 10 is promised, of a machine that is quiet
+
+    tracemalloc.start()
+    number_found = 0
+    async for _ in storage.find():
+        number_found += 1
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert number_found == ROWS
+    assert peak < 10_000_000  # bytes: a page or two, and by far not all rows

@@ -60,7 +60,8 @@ def dialog_bot(storage: SQLAlchemyStorage, group: Any) -> Dispatcher:
 
     async def finish(query: CallbackQuery, button: Button, manager: DialogManager) -> None:
         assert isinstance(query.message, Message)
-        await query.message.answer(f"For table {manager.start_data['table']}")  # type: ignore
+        given: Any = manager.start_data
+        await query.message.answer(f"For table {given['table']}")
         await manager.done()
 
     dispatcher.include_router(

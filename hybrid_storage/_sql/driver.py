@@ -33,9 +33,9 @@ class DriverStatements:
 
         :raises DBAPIError: what asyncpg raises, in the form that SQLAlchemy gives to errors
         """
-        adapted: Any = connection.connection.dbapi_connection
         if not _autocommits(connection):
             return executed(connection, statement, parameters)
+        adapted: Any = connection.connection.dbapi_connection
         text, names, values = self._compiled.get(statement) or self._compile(connection, statement)
         values = {**values, **parameters}
         arguments = [values[name] for name in names]
@@ -74,4 +74,10 @@ def _in_form(
         connection.invalidate(error)
     state = getattr(error, "sqlstate", None) or ""
     kind = IntegrityError if state.startswith(_INTEGRITY) else OperationalError
-    return kind(text, arguments, error, connection_invalidated=is_lost)
+    return kind(
+        text,
+        arguments,
+        error,
+        hide_parameters=connection.engine.hide_parameters,
+        connection_invalidated=is_lost,
+    )
