@@ -2,6 +2,7 @@
 # make shop    a Flask shop with a bot: its pages in a browser, the chat in the terminal
 # make test    all tests, on SQLite and PostgreSQL, and on MariaDB where one answers
 # make chaos   servers are killed and networks cut while processes write; prints figures, 4 minutes
+# make cluster  as chaos, on Patroni, Galera and PgBouncer: see tests/cluster/install.sh; as root
 # make bench   everything that a user would pick instead, side by side; prints figures
 # make lint    ruff, mypy --strict, pyright
 # Everything is installed into .venv; PYTHON names the interpreter it is made with.
@@ -11,7 +12,7 @@ VENV ?= .venv
 EXTRA ?= test
 BIN := $(VENV)/bin
 
-.PHONY: demo shop test chaos bench lint clean
+.PHONY: demo shop test chaos cluster bench lint clean
 
 demo: $(VENV)/aiosqlite.installed
 	$(BIN)/python examples/demo.py
@@ -24,6 +25,9 @@ test: $(VENV)/$(EXTRA).installed
 
 chaos: $(VENV)/$(EXTRA).installed
 	$(BIN)/python -m pytest tests/chaos --capture=no
+
+cluster: $(VENV)/$(EXTRA).installed
+	$(BIN)/python -m pytest tests/cluster --capture=no
 
 bench: $(VENV)/bench.installed
 	$(BIN)/python -m benchmarks

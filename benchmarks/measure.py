@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 from aiogram.fsm.storage.base import BaseStorage, StorageKey
 
 from .contenders import Contender, Servers, add_rows, round_trip

@@ -1,21 +1,19 @@
-"""Servers to kill, crews of writing processes, and the table of what was measured."""
+"""Servers to kill."""
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 from sqlalchemy import URL
 
-from .crew import SECONDS, Crew, Outcome
+from .crew import SECONDS
+from .scenario import report, scenario
 from .servers import MARIADBD, PGBOUNCER, Server, mariadb, pgbouncer, postgres
 
-WIDTH = 48
-TITLES = pytest.StashKey[list[str]]()
-Report = Callable[..., None]
+__all__ = ["report", "scenario"]  # fixtures
 
 
 def pytest_report_header() -> list[str]:
@@ -75,70 +73,3 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> URL:
     server = request.getfixturevalue(f"{request.param}_server")
     assert isinstance(server, Server)
     return server.url
-
-
-class Scenario(Crew):
-    """A crew whose work is judged, and reported as a line of the table."""
-
-    def __init__(self, folder: Path, name: str, report: Report) -> None:
-        """Start with nobody.
-
-        :param folder: where to keep the journals
-        :param name: what to call it in the table
-        :param report: prints a line
-        """
-        super().__init__(folder, f"chaos_{uuid.uuid4().hex}")
-        self._name = name
-        self._report = report
-
-    def judge(self, url: URL, faults: int | None = None) -> Outcome:
-        """Print the figures, and fail if anything went wrong.
-
-        :param url: the database, with a synchronous driver
-        :param faults: how many there were; by default the calls that were cancelled
-        :return: what came of it
-        """
-        outcome = self.outcome(url)
-        faults = outcome.cut if faults is None else faults
-        self._report(
-            self._name,
-            acknowledged=outcome.acknowledged,
-            faults=faults,
-            retried=outcome.retried,
-            lost=len(outcome.lost),
-            errors=len(outcome.errors),
-            longest_s=round(outcome.longest, 2),
-        )
-        assert outcome.lost == []
-        assert outcome.errors == []
-        assert outcome.left == []
-        assert outcome.acknowledged > 0
-        assert faults > 0
-        return outcome
-
-
-@pytest.fixture
-def report(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> Report:
-    """Return a function that prints a line of figures, past what captures the output."""
-    terminal = request.config.get_terminal_writer()
-    printed = request.config.stash.setdefault(TITLES, [])
-
-    def report(name: str, **figures: object) -> None:
-        with capsys.disabled():
-            if printed != list(figures):
-                printed[:] = figures
-                terminal.write("\n" + " " * WIDTH + "".join(f"{title:>14}" for title in figures))
-            line = "".join(f"{figure:>14}" for figure in figures.values())
-            terminal.write(f"\n{name:<{WIDTH}}{line} ", flush=True)
-
-    return report
-
-
-@pytest.fixture
-def scenario(request: pytest.FixtureRequest, report: Report) -> Iterator[Scenario]:
-    """Return a crew without members; none is left at the end."""
-    name = request.node.name.removeprefix("test_").replace("_", " ")
-    with TemporaryDirectory(prefix="chaos-") as folder:
-        scenario = Scenario(Path(folder), name, report)
-        with scenario:
-            yield scenario

@@ -10,10 +10,10 @@ import uuid
 import pytest
 from sqlalchemy import URL
 
-from .conftest import Report
 from .crew import SECONDS, context
 from .drivers import DRIVERS
 from .load import measure
+from .scenario import Report
 from .servers import SERVERS
 
 

@@ -12,9 +12,9 @@ from sqlalchemy import URL, create_engine, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 
-from .conftest import Scenario
 from .drivers import BEHIND_PGBOUNCER, BY_SQLALCHEMYS_RECIPE, DRIVERS, TIMEOUTS, Options
 from .proxy import Proxy
+from .scenario import Scenario
 from .servers import PGBOUNCER, SERVERS, Server
 from .writer import CLIENTS
 
@@ -25,12 +25,15 @@ def hire(
     *,
     connect_args: Options | None = None,
     cancels: bool = False,
+    lease: float | None = 30,
 ) -> None:
     """Hire a process for each driver."""
     backend = url.get_backend_name()
     for driver in DRIVERS[backend]:
         arguments = (connect_args or {}).get(driver, {})
-        scenario.hire(url.set(drivername=f"{backend}+{driver}"), cancels, connect_args=arguments)
+        scenario.hire(
+            url.set(drivername=f"{backend}+{driver}"), cancels, lease, connect_args=arguments
+        )
 
 
 @pytest.mark.parametrize("server", SERVERS, indirect=True)
@@ -109,8 +112,8 @@ def test_network(scenario: Scenario, server: Server, fault: Callable[[Proxy], in
 
 @pytest.mark.parametrize("url", ["sqlite", *SERVERS], indirect=True)
 def test_writers_killed(scenario: Scenario, url: URL) -> None:
-    """In mid-operation, and replaced."""
-    hire(scenario, url)
+    """In mid-operation, and replaced. Others wait for a killed one's locks until these expire."""
+    hire(scenario, url, lease=2)
     faults = 0
     for _ in scenario.at_work():
         faults += 1

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import os
 import random
 import threading
 import time
@@ -21,8 +19,12 @@ from anyio import to_thread
 
 from hybrid_storage import FullKeyBuilder, SQLAlchemyStorage
 
+from .journal import Journal
+from .updater import Updater
+
 CONVERSATIONS = 4  # that all processes write to
 CLIENTS = 4  # of a process, that write at once
+UPDATERS = 2  # of a process, that handle updates beside
 FIELDS = 3  # of a client in each conversation, written in turn
 TWIN = "twin of "  # a second field that is always written together with the first
 STATE = "state"
@@ -43,24 +45,10 @@ class Job:
     """Whether to cancel calls at random moments."""
     first: int = 1
     """The first number to write."""
+    lease: float | None = None
+    """Of the locks under which to handle updates beside; None for no updates."""
     options: dict[str, Any] = field(default_factory=dict)
     """The engine's options."""
-
-
-class Journal(logging.Handler):
-    """A file of events; what was noted stays, even if the process is killed."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(logging.WARNING)
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-
-    def note(self, *event: object) -> None:
-        """Append an event."""
-        os.write(self._file, f"{json.dumps(event)}\n".encode())
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Note that a call is made again, which is what the storage logs."""
-        self.note("retry", record.getMessage())
 
 
 class Client:
@@ -185,20 +173,24 @@ def work(job: Job, orders: Connection) -> None:
 
 async def _work(job: Job, journal: Journal, orders: Connection) -> int:
     storage = SQLAlchemyStorage.from_url(job.url, table_name=job.table, **job.options)
+    clients: list[Client | Updater] = [
+        Client(f"{job.name}.{n}", storage, journal, job) for n in range(CLIENTS)
+    ]
+    if job.lease is not None:
+        isolation = storage.create_isolation(unit_of_work=True, lease=job.lease, poll=0.05)
+        clients += [Updater(storage, isolation, journal) for _ in range(UPDATERS)]
     await storage.create_table()
     async with anyio.create_task_group() as tasks:
         told = asyncio.ensure_future(to_thread.run_sync(orders.poll, None, abandon_on_cancel=True))
-        for n in range(CLIENTS):
-            tasks.start_soon(
-                _go_on, Client(f"{job.name}.{n}", storage, journal, job), journal, told
-            )
+        for client in clients:
+            tasks.start_soon(_go_on, client, journal, told)
     pool: Any = await storage.run_sync(lambda session: session.get_bind(storage.model).engine.pool)
     left: int = pool.checkedout()
     await storage.close()
     return left
 
 
-async def _go_on(client: Client, journal: Journal, told: asyncio.Future[bool]) -> None:
+async def _go_on(client: Client | Updater, journal: Journal, told: asyncio.Future[bool]) -> None:
     while not told.done():
         try:
             await client.write()

@@ -1,0 +1,118 @@
+"""Crews of processes whose work is judged, and the table of what was measured: fixtures."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from sqlalchemy import URL
+
+from .crew import Crew
+from .outcome import Outcome
+
+WIDTH = 56
+TITLES = pytest.StashKey[list[str]]()
+PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
+WRITES_DOCS = bool(os.environ.get("HYBRID_STORAGE_WRITE_DOCS"))
+"""Whether the lines replace those of the same name in the documentation's tables."""
+Report = Callable[..., None]
+
+
+class Scenario(Crew):
+    """A crew whose work is judged, and reported as a line of the table."""
+
+    def __init__(self, folder: Path, name: str, report: Report) -> None:
+        """Start with nobody.
+
+        :param folder: where to keep the journals
+        :param name: what to call it in the table
+        :param report: prints a line
+        """
+        super().__init__(folder, f"chaos_{uuid.uuid4().hex}")
+        self.name = name
+        self._report = report
+
+    def judge(self, url: URL, faults: int | None = None, **figures: object) -> Outcome:
+        """Print the figures, and fail if anything went wrong.
+
+        :param url: the database, with a synchronous driver
+        :param faults: how many there were; by default the calls that were cancelled
+        :param figures: more to print
+        :return: what came of it
+        """
+        outcome = self.outcome(url)
+        faults = outcome.cut if faults is None else faults
+        self._report(
+            self.name,
+            **{
+                "writes acknowledged": outcome.acknowledged,
+                "of them updates": outcome.updates,
+                "faults": faults,
+                "calls made again": outcome.retried,
+                "lost": len(outcome.lost),
+                "half": len(outcome.halves),
+                "two holders": len(outcome.overlaps),
+                "errors": len(outcome.errors),
+                "longest wait, s": round(outcome.longest, 2),
+                **figures,
+            },
+        )
+        assert outcome.lost == []
+        assert outcome.halves == []
+        assert outcome.overlaps == []
+        assert outcome.errors == []
+        assert outcome.left == []
+        assert outcome.acknowledged > 0
+        assert faults > 0
+        return outcome
+
+
+def write_line(page: str, name: str, figures: dict[str, object]) -> str:
+    """Return a page with the figures of a line replaced.
+
+    :param page: its text
+    :param name: of the line, its first cell
+    :param figures: its other cells
+    :raises ValueError: if no table of the page has such a line
+    """
+    line = f"| {name} | {' | '.join(str(figure) for figure in figures.values())} |"
+    lines = page.splitlines()
+    found = [n for n, each in enumerate(lines) if each.startswith(f"| {name} |")]
+    if not found:
+        raise ValueError(f"the page has no line for {name!r}; add: {line}")
+    lines[found[0]] = line
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture
+def report(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> Report:
+    """Return a function that prints a line of figures, past what captures the output."""
+    terminal = request.config.get_terminal_writer()
+    printed = request.config.stash.setdefault(TITLES, [])
+
+    def report(name: str, **figures: object) -> None:
+        with capsys.disabled():
+            if printed != list(figures):
+                printed[:] = figures
+                titles = "".join(f"{title:>20}" for title in figures)
+                terminal.write("\n" + " " * WIDTH + titles)
+            line = "".join(f"{figure:>20}" for figure in figures.values())
+            terminal.write(f"\n{name:<{WIDTH}}{line} ", flush=True)
+        if WRITES_DOCS:
+            PAGE.write_text(write_line(PAGE.read_text(), name, figures))
+
+    return report
+
+
+@pytest.fixture
+def scenario(request: pytest.FixtureRequest, report: Report) -> Iterator[Scenario]:
+    """Return a crew without members; none is left at the end."""
+    name = request.node.name.removeprefix("test_").replace("_", " ")
+    with TemporaryDirectory(prefix="chaos-") as folder:
+        scenario = Scenario(Path(folder), name, report)
+        with scenario:
+            yield scenario
