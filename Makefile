@@ -4,6 +4,7 @@
 # make chaos   servers are killed and networks cut while processes write; prints figures, 4 minutes
 # make cluster  as chaos, on Patroni, Galera and PgBouncer: see tests/cluster/install.sh; as root
 # make bench   everything that a user would pick instead, side by side; prints figures
+# make docs    the documentation as a site, in build/docs; a warning is an error
 # make lint    ruff, mypy --strict, pyright
 # Everything is installed into .venv; PYTHON names the interpreter it is made with.
 
@@ -12,7 +13,7 @@ VENV ?= .venv
 EXTRA ?= test
 BIN := $(VENV)/bin
 
-.PHONY: demo shop test chaos cluster bench lint clean
+.PHONY: demo shop test chaos cluster bench docs lint clean
 
 demo: $(VENV)/aiosqlite.installed
 	$(BIN)/python examples/demo.py
@@ -31,6 +32,9 @@ cluster: $(VENV)/$(EXTRA).installed
 
 bench: $(VENV)/bench.installed
 	$(BIN)/python -m benchmarks
+
+docs: $(VENV)/dev.installed
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
 
 lint: $(VENV)/dev.installed
 	$(BIN)/ruff check

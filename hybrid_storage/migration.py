@@ -8,7 +8,7 @@
 
 A conversation that is here already is left as it is: what users have done since counts. So
 ``migrate()`` may be killed and run again. Nothing is removed from the source. A bot that runs
-meanwhile needs ``SQLAlchemyStorage(fallback=old)``: see docs/migration.md.
+meanwhile needs ``SQLAlchemyStorage(fallback=old)``: see docs/coming-from/moving.md.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ class SQLAlchemyStorage(Idle[S], BaseStorage, Generic[S, M]):
             never by default. Needs the columns
         :param model: a model of your own, in place of ``table_name``
         :param fallback: the storage used before: a conversation that is not here yet is read from
-            it, moved here and removed there. It is yours to close. See docs/migration.md
+            it, moved here and removed there. It is yours to close. See docs/coming-from/moving.md
         :param session: deprecated, ``sessionmaker`` under its former name
         :param base: deprecated, ``metadata`` under its former name
         :raises TypeError: if an argument is not of its kind

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from hybrid_storage import _cli_output
 from hybrid_storage.cli import app
 
-PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
+PAGE = Path(__file__).parent.parent / "docs" / "reference" / "command.md"
 BLOCK = re.compile(r"(?<=<!-- run -->\n```console\n)(.*?)(?=```)", re.DOTALL)
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00")
 THEN = "2026-11-27T12:00:00+00:00"

@@ -24,7 +24,7 @@ from units import running
 from hybrid_storage import SQLAlchemyStorage
 
 ROWS = int(os.environ.get("HYBRID_STORAGE_ROWS", "100000"))
-"""1,000,000 for the figures of docs/conversations.md."""
+"""1,000,000 for the figures of docs/guides/conversations.md."""
 
 
 class Order(StatesGroup):

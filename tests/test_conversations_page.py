@@ -13,7 +13,7 @@ from aiogram.types import Update
 from sqlalchemy import text
 from test_readme import Answers, message, run_awaiting
 
-PAGE = (Path(__file__).parent.parent / "docs" / "conversations.md").read_text()
+PAGE = (Path(__file__).parent.parent / "docs" / "guides" / "conversations.md").read_text()
 BLOCKS = re.findall(r"<!-- run: \w+ -->\n```python\n(.*?)```", PAGE, re.DOTALL)
 
 

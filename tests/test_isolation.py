@@ -74,7 +74,7 @@ from hybrid_storage import (
     SQLAlchemyStorage,
 )
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "isolation.md"
+DOCUMENT = Path(__file__).parent.parent / "docs" / "guides" / "isolation.md"
 
 one_backend_a_server = pytest.mark.parametrize(
     "backend", {backend.server: backend for backend in reversed(SERVERS)}.values(), ids=str

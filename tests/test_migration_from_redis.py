@@ -162,7 +162,7 @@ async def test_letters_that_mean_something_to_redis_are_taken_as_they_are() -> N
         await old.storage.set_state(KEY, None)
 
 
-PAGE = (Path(__file__).parents[1] / "docs" / "migration.md").read_text()
+PAGE = (Path(__file__).parents[1] / "docs" / "coming-from" / "moving.md").read_text()
 BLOCKS = re.findall(r"<!-- run: \w+ -->\n```python\n(.*?)```", PAGE, re.DOTALL)
 
 

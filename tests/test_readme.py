@@ -141,7 +141,7 @@ async def test_the_examples_of_the_transactions_page_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    page = (ROOT / "docs" / "transactions.md").read_text()
+    page = (ROOT / "docs" / "guides" / "transactions.md").read_text()
     blocks = re.findall(r"<!-- run: \w+ -->\n```python\n(.*?)```", page, re.DOTALL)
     assert len(blocks) == page.count("```python") > 0
     names: dict[str, Any] = {"__name__": "transactions"}
@@ -156,7 +156,7 @@ async def test_the_examples_of_the_transactions_page_run(
     await dispose(names)
 
 
-LEGACY = (ROOT / "docs" / "legacy.md").read_text()
+LEGACY = (ROOT / "docs" / "guides" / "synchronous-applications.md").read_text()
 LEGACY_BLOCKS = re.findall(r"<!-- run: (\w+) -->\n```python\n(.*?)```", LEGACY, re.DOTALL)
 RECIPES = re.findall(
     r"\n### ([^\n]+)\n(?:(?!\n##).)*?<!-- run: alone -->\n```python\n(.*?)```", LEGACY, re.DOTALL
@@ -240,19 +240,19 @@ async def test_the_recipes_of_the_legacy_page_run(
 
 
 def test_the_admin_page_of_the_docs_quotes_the_examples_and_describes_its_pictures() -> None:
-    page = (ROOT / "docs" / "admin.md").read_text()
+    page = (ROOT / "docs" / "guides" / "admin-pages.md").read_text()
     quotes = re.findall(r"<!-- from: (\S+) -->\n```python\n(.*?)```", page, re.DOTALL)
     assert len(quotes) == page.count("```python") > 0
     for name, code in quotes:
         assert code in (ROOT / name).read_text()
     pictures = re.findall(r"!\[(.+)\]\((.+)\)", page)
     assert {name for _, name in pictures} == {
-        "images/admin-flask.png",
-        "images/admin-starlette.png",
+        "../images/admin-flask.png",
+        "../images/admin-starlette.png",
     }
     for text, name in pictures:
         assert len(text) > 50
-        assert (ROOT / "docs" / name).stat().st_size < 150_000
+        assert (ROOT / "docs" / "guides" / name).stat().st_size < 150_000
 
 
 def test_the_two_starts_differ_by_the_factory_alone() -> None:
