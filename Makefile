@@ -11,6 +11,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 EXTRA ?= test
+CONSTRAINTS ?=
 BIN := $(VENV)/bin
 
 .PHONY: demo shop test chaos cluster bench docs lint clean
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/aiosqlite.installed
 	$(BIN)/python examples/demo.py
 
-shop: $(VENV)/shop.installed
+shop: $(VENV)/test.installed
 	PYTHONPATH=examples $(BIN)/python -m legacy_shop
 
 test: $(VENV)/$(EXTRA).installed
@@ -30,7 +31,7 @@ chaos: $(VENV)/$(EXTRA).installed
 cluster: $(VENV)/$(EXTRA).installed
 	$(BIN)/python -m pytest tests/cluster --capture=no
 
-bench: $(VENV)/bench.installed
+bench: $(VENV)/test.installed
 	$(BIN)/python -m benchmarks
 
 docs: $(VENV)/dev.installed
@@ -45,7 +46,7 @@ lint: $(VENV)/dev.installed
 # The extra of that name, with all that it needs.
 $(VENV)/%.installed: setup.cfg setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]' $(CONSTRAINTS:%=--constraint %)
 	touch $@
 
 clean:
