@@ -9,6 +9,7 @@ import inspect
 import re
 import sys
 from datetime import datetime, timezone
+from itertools import chain, cycle
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,14 +22,17 @@ from aiogram.fsm.context import FSMContext
 from aiogram.fsm.storage.base import StorageKey
 from aiogram.methods import SendMessage, TelegramMethod
 from aiogram.types import Chat, Message, Update, User
+from demo import CONVERSATION
 from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"<!-- run: ([\w ]+) -->\n```python\n(.*?)```", README, re.DOTALL)
-STARTS = [code for kind, code in BLOCKS if kind == "a bot"]
-LATER = [code for kind, code in BLOCKS if kind == "after the storage"]
+BLOCKS = dict(re.findall(r"<!-- run: ([\w, ]+) -->\n```python\n(.*?)```", README, re.DOTALL))
+BOT = BLOCKS["a bot"]
+FACTORY = BLOCKS["the same, synchronous"]
+MAKES_FACTORY = re.compile(r"^SessionLocal = .*$", re.MULTILINE)
+SYNCHRONOUS_BOT = MAKES_FACTORY.sub(lambda _: FACTORY, BOT)
 
 
 class Answers(BaseSession):
@@ -87,12 +91,12 @@ async def run_awaiting(block: str, names: dict[str, Any]) -> None:
 
 
 def test_every_python_block_of_the_readme_is_run() -> None:
-    assert len(BLOCKS) == README.count("```python") > 0
-    assert len(STARTS) == 2
+    assert len(BLOCKS) == README.count("```python") == 3
+    assert len(README.splitlines()) <= 150
 
 
-@pytest.mark.parametrize("code", STARTS, ids=["sync", "async"])
-async def test_the_first_bot_answers_and_keeps_its_state(
+@pytest.mark.parametrize("code", [BOT, SYNCHRONOUS_BOT], ids=["async", "sync"])
+async def test_the_bot_answers_and_keeps_its_state(
     code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -110,31 +114,38 @@ async def test_the_first_bot_answers_and_keeps_its_state(
     assert answers.sent == [f"Message number {number}" for number in (1, 2, 3, 4)]
 
 
-@pytest.mark.parametrize("code", LATER, ids=[code.split("\n")[0] for code in LATER])
-async def test_the_further_examples_work_with_the_storage_of_the_first(
-    code: str,
-    key: StorageKey,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+async def test_a_synchronous_application_changes_a_conversation(
+    key: StorageKey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "readme"}
-    run(STARTS[0], names)
-    await names["storage"].create_table()
-    run(code, names)
+    run(SYNCHRONOUS_BOT, names)
     storage = names["storage"]
     await storage.create_table()
-    await storage.update_data(key, {"a": 1})
-    assert (await storage.get_data(key))["a"] == 1
-    if "pay" in names:
-        await storage.run_sync(lambda session: names["Base"].metadata.create_all(session.bind))
-        await names["pay"](FSMContext(storage, key))
-        assert await storage.get_state(key) == "order:paid"
-        assert await storage.get_data(key) == {"a": 1, "order": 1}
-    if "print(" in code:
-        assert capsys.readouterr().out == "order:paid {'order': 1001}\n"
+    run(BLOCKS["in a synchronous application"], names)
+    assert await storage.get_state(names["key"]) == "order:paid"
+    assert await storage.get_data(names["key"]) == {"order": 1001}
     await dispose(names)
+
+
+def test_the_chat_of_the_readme_is_that_of_the_demo() -> None:
+    (chat,) = re.findall(r"```text\n(.*?)```", README, re.DOTALL)
+    played = chain.from_iterable(CONVERSATION)
+    lines = (f"{who}>  {text}" for who, text in zip(cycle(["you", "bot"]), played, strict=False))
+    assert all(line in lines for line in chat.splitlines())  # in this order
+
+
+def test_the_round_trips_of_the_readme_are_those_measured() -> None:
+    tables = (ROOT / "docs" / "performance-tables.md").read_text()
+    titles = ["hybrid asyncpg, lease", "RedisStorage, RedisEventIsolation"]
+    titles.append("replaced asyncpg, SimpleEventIsolation")
+    trips = [
+        re.findall(rf"^\| {title} \|.*? / .*? \| \d+ / (\d+) \|", tables, re.MULTILINE)
+        for title in titles
+    ]
+    ours, redis, replaced = (round(int(found[0]) / 5) for found in trips)
+    line = f"| round trips of that update, lock included | {ours} | {redis} | {replaced}, without"
+    assert line in README
 
 
 async def test_the_examples_of_the_transactions_page_run(
@@ -253,16 +264,6 @@ def test_the_admin_page_of_the_docs_quotes_the_examples_and_describes_its_pictur
     for text, name in pictures:
         assert len(text) > 50
         assert (ROOT / "docs" / "guides" / name).stat().st_size < 150_000
-
-
-def test_the_two_starts_differ_by_the_factory_alone() -> None:
-    sync, asynchronous = (set(code.splitlines()) for code in STARTS)
-    assert {line for line in sync ^ asynchronous if "import" not in line} == {
-        'SessionLocal = sessionmaker(create_engine("sqlite:///shop.db"))  # your application\'s',
-        'SessionLocal = async_sessionmaker(create_async_engine("sqlite+aiosqlite:///shop.db"))',
-        "class Base(DeclarativeBase):  # your application's",
-        "class Base(DeclarativeBase):",
-    }
 
 
 def test_the_makefile_has_the_commands_that_the_readme_names() -> None:
