@@ -36,6 +36,7 @@ BY_THEIR_OWN_TEST = {
     "docs/guides/synchronous-applications.md",
     "docs/guides/transactions.md",
     "docs/reference/command.md",
+    "docs/tutorial.md",
 }
 """Pages whose blocks are run by a test that knows what they do."""
 FENCE = re.compile(r"(?:<!-- ([^\n]+) -->\n)?^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
