@@ -29,6 +29,7 @@ PAGES = {
 }
 BY_THEIR_OWN_TEST = {
     "README.md",
+    "docs/coming-from/mongo-storage.md",
     "docs/coming-from/moving.md",
     "docs/guides/admin-pages.md",
     "docs/guides/conversations.md",

@@ -160,6 +160,11 @@ async def test_with_the_isolation_two_quick_messages_are_two_answers(
         assert process.answers.sent[2] == "Thank you. You are Ada from London."
 
 
+def lines(commands: str) -> str:
+    """Return commands with what they print."""
+    return "".join(printed(commands))
+
+
 async def test_the_commands_of_the_page_print_what_it_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, postgres: URL
 ) -> None:
@@ -175,7 +180,7 @@ async def test_the_commands_of_the_page_print_what_it_says(
             assert bool(setting) == (number == 2)
             monkeypatch.setenv("HYBRID_STORAGE_URL", url if setting else "sqlite:///bot.db")
             commands = block[setting.end() :] if setting else block
-            assert await asyncio.to_thread(lambda: "".join(printed(commands))) == commands
+            assert await asyncio.to_thread(lines, commands) == commands
     result = await asyncio.to_thread(CliRunner().invoke, app, ["list", "--json"])
     assert '"state": "Form:city"' in result.output
 
