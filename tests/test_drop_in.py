@@ -26,7 +26,7 @@ from sqlalchemy_storage import SQLAlchemyStorage as FormerStorage
 
 from hybrid_storage import SQLAlchemyStorage
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "coming-from" / "aiogram-sqlalchemy-storage.md"
 SQLITE3, AIOSQLITE = SQLITE
 PSYCOPG, ASYNCPG = POSTGRESQL[0], POSTGRESQL[-1]
 
@@ -262,14 +262,14 @@ async def test_a_key_builder_of_one_argument_finds_the_formers_rows(
 
 
 @pytest.mark.parametrize("backend", SERVERS, ids=str)
-async def test_the_readmes_statement_gives_old_rows_keys_of_one_bot(
+async def test_the_pages_statement_gives_old_rows_keys_of_one_bot(
     backend: Backend, open_storage: Open
 ) -> None:
     old = await open_storage(backend, key_builder=DefaultKeyBuilder())
     group = StorageKey(bot_id=42, chat_id=-1001, user_id=8)
     for key in (*KEYS, group):
         await old.set_state(key, "form:name")
-    [statement] = re.findall(r"```sql\n(.*?)```", README.read_text(), re.DOTALL)
+    [statement] = re.findall(r"```sql\n(.*?)```", PAGE.read_text(), re.DOTALL)
     statement = statement.replace("aiogram_fsm_data", old.table.name)
     await old.run_sync(lambda session: session.execute(text(statement)).close())
     new = await open_storage(backend, table_name=old.table.name)

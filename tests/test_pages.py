@@ -29,6 +29,7 @@ PAGES = {
 }
 BY_THEIR_OWN_TEST = {
     "README.md",
+    "docs/coming-from/mongo-storage.md",
     "docs/coming-from/moving.md",
     "docs/guides/admin-pages.md",
     "docs/guides/conversations.md",
@@ -36,6 +37,7 @@ BY_THEIR_OWN_TEST = {
     "docs/guides/synchronous-applications.md",
     "docs/guides/transactions.md",
     "docs/reference/command.md",
+    "docs/tutorial.md",
 }
 """Pages whose blocks are run by a test that knows what they do."""
 FENCE = re.compile(r"(?:<!-- ([^\n]+) -->\n)?^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
