@@ -36,7 +36,6 @@ BY_THEIR_OWN_TEST = {
     "docs/guides/fastapi.md",
     "docs/guides/flask-sqlalchemy.md",
     "docs/guides/functions-that-commit.md",
-    "docs/guides/isolation.md",
     "docs/guides/synchronous-applications.md",
     "docs/guides/transactions.md",
     "docs/reference/command.md",
