@@ -40,6 +40,10 @@ BY_THEIR_OWN_TEST = {
     "docs/guides/functions-that-commit.md",
     "docs/guides/synchronous-applications.md",
     "docs/guides/transactions.md",
+    "docs/guides/webhooks.md",
+    "docs/guides/alembic.md",
+    "docs/guides/testing-your-handlers.md",
+    "docs/guides/production-checklist.md",
     "docs/reference/command.md",
 }
 """Pages whose blocks are run by a test that knows what they do."""
