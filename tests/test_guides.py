@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import pytest
 from sqlalchemy import URL
 
 GUIDES = Path(__file__).parent.parent / "docs" / "guides"
@@ -88,3 +91,172 @@ async def test_a_worker_that_is_told_to_stop_ends_its_update_and_the_next_one_wa
         assert await asyncio.to_thread(old.wait, 10) == 0
         assert "Message number 2" in await second
         assert await post(new_port, update(3), "wrong") == "Unauthorized"
+
+
+# Alembic
+
+COMMANDS = re.compile(r"(?<=<!-- run -->\n```console\n)(.*?)(?=```)", re.DOTALL)
+PROGRAMS = {"alembic": "alembic", "hybrid-storage": "hybrid_storage", "pytest": "pytest"}
+
+
+class Reader:
+    """Somebody who follows a guide in an empty folder.
+
+    :param folder: the folder
+    :param url: of the database
+    """
+
+    def __init__(self, folder: Path, url: str) -> None:
+        self.folder = folder
+        self._environment = environment(
+            DATABASE_URL=url, HYBRID_STORAGE_URL=url, PYTHONDONTWRITEBYTECODE="1"
+        )
+        self._environment["PYTHONPATH"] += f":{folder}"
+
+    def write(self, name: str, code: str) -> None:
+        """Write one of the guide's files."""
+        (self.folder / name).parent.mkdir(exist_ok=True)
+        (self.folder / name).write_text(code)
+
+    def run(self, line: str, ok: bool = True) -> str:
+        """Run a command; return what it prints."""
+        program, *arguments = shlex.split(line)
+        if program in PROGRAMS:
+            arguments = [sys.executable, "-m", PROGRAMS[program], *arguments]
+        else:
+            arguments = [program, *arguments]
+        done = subprocess.run(
+            arguments,
+            cwd=self.folder,
+            env=self._environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        assert (done.returncode == 0) == ok, done.stdout + done.stderr
+        return done.stdout.replace(f"{self.folder}/", "")
+
+    def follow(self, block: str) -> str:
+        """Run a block's commands; return it with what they print."""
+        lines = [line for line in block.splitlines() if line.startswith("$ ")]
+        return "".join(f"{line}\n{self.run(line[2:])}" for line in lines)
+
+    def python(self, code: str) -> str:
+        """Run Python code that may import the guide's files."""
+        return self.run(shlex.join([sys.executable, "-c", textwrap.dedent(code)]))
+
+
+OLD_PROCESS = """
+    import asyncio
+    from aiogram.fsm.storage.base import StorageKey
+    from hybrid_storage import SQLAlchemyStorage
+    from bot import SessionLocal
+
+    old = SQLAlchemyStorage(SessionLocal)  # does not know of the columns
+    asyncio.run(old.set_state(StorageKey(42, {0}, {0}), "order:payment"))
+"""
+FORMER_LOCKS = """
+    import models
+    from sqlalchemy import create_engine
+    import os
+
+    engine = create_engine(os.environ["DATABASE_URL"])
+    with engine.begin() as connection:
+        connection.exec_driver_sql("DELETE FROM aiogram_fsm_data_lock")
+        connection.exec_driver_sql("ALTER TABLE aiogram_fsm_data_lock DROP COLUMN version")
+        connection.exec_driver_sql("INSERT INTO aiogram_fsm_data_lock VALUES ('42:7:7', '', 0)")
+"""
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def reader(request: pytest.FixtureRequest, tmp_path: Path) -> Reader:
+    """Return somebody who has either database."""
+    if request.param == "sqlite":
+        return Reader(tmp_path, f"sqlite:///{tmp_path}/bot.db")
+    url = request.getfixturevalue("postgres_database")
+    return Reader(tmp_path, url.render_as_string(hide_password=False))
+
+
+def test_the_guide_to_alembic_does_what_it_says(reader: Reader) -> None:
+    page = (GUIDES / "alembic.md").read_text()
+    first, second = COMMANDS.findall(page)
+    reader.run("alembic init migrations")
+    files = files_of("alembic")
+    assert [name for name, _ in files] == ["bot.py", "migrations/env.py", "models.py"]
+    for name, code in files:
+        reader.write(name, code)
+    assert reader.follow(first) == first
+    revision = (reader.folder / "migrations/versions/0001_conversations.py").read_text()
+    assert "hybrid_storage" not in revision
+    assert "aiogram_fsm_data_lock" in revision
+
+    reader.python(OLD_PROCESS.format(7))
+    assert reader.follow(second) == second
+    check_concurrent_index(reader, page)
+    reader.python(OLD_PROCESS.format(8))  # after the expansion
+    assert reader.run("hybrid-storage fill") == "filled 1 row\n"
+    assert '"total": 2' in reader.run("hybrid-storage count --json")
+    reader.run("alembic downgrade 0001")
+    reader.python(OLD_PROCESS.format(9))
+    reader.run("alembic upgrade head")
+
+    # The models alone declare both tables, and a former table of locks is migrated.
+    reader.run("alembic downgrade 0001")
+    env = reader.folder / "migrations/env.py"
+    env.write_text(env.read_text().replace("from bot import Base, engine", ENGINE_OF_MODELS))
+    (reader.folder / "migrations/versions/0002_columns.py").unlink()
+    reader.run("alembic check")
+    reader.python(FORMER_LOCKS)
+    reader.run("alembic revision --autogenerate --rev-id 0003 -m version")
+    reader.run("alembic upgrade head", ok=False)
+    written = reader.folder / "migrations/versions/0003_version.py"
+    head = "def upgrade() -> None:\n"
+    code = written.read_text()
+    delete = '    op.execute("DELETE FROM aiogram_fsm_data_lock")\n'
+    assert delete.strip() in page
+    written.write_text(code.replace(head, head + delete))
+    reader.run("alembic upgrade head")
+    reader.run("alembic check")
+    assert reader.run("hybrid-storage tables check") == "the tables are as they should be\n"
+
+
+def check_concurrent_index(reader: Reader, page: str) -> None:
+    """Create an index of the guide's migration as the guide says for large tables."""
+    found = re.search(r"^```text\n(.*?)```", page, re.DOTALL | re.MULTILINE)
+    assert found is not None
+    reader.run("alembic revision --rev-id 9001 -m index")
+    revision = reader.folder / "migrations/versions/9001_index.py"
+    head = "def upgrade() -> None:\n"
+    drop = 'op.drop_index("ix_aiogram_fsm_data_user_id", "aiogram_fsm_data")\n'
+    code = textwrap.indent(drop + found[1], "    ")
+    revision.write_text(revision.read_text().replace(head, head + code, 1))
+    reader.run("alembic upgrade head")
+    reader.run("alembic check")
+    reader.run("alembic downgrade 0002")
+    revision.unlink()
+
+
+ENGINE_OF_MODELS = """import os
+
+from models import Base
+from sqlalchemy import create_engine
+
+engine = create_engine(os.environ["DATABASE_URL"])"""
+
+
+# Tests
+
+SECONDS = re.compile(r"in [0-9.]+s")
+
+
+def test_the_guide_to_tests_has_tests_that_pass(postgres_database: URL, tmp_path: Path) -> None:
+    reader = Reader(tmp_path, postgres_database.render_as_string(hide_password=False))
+    reader.write("pytest.ini", "[pytest]\nfilterwarnings = error\n")  # as a careful reader has it
+    for name, code in files_of("testing-your-handlers"):
+        reader.write(name, code)
+    [block] = COMMANDS.findall((GUIDES / "testing-your-handlers.md").read_text())
+    assert SECONDS.sub("", reader.follow(block)) == SECONDS.sub("", block)
+    assert "2 passed" in reader.run("pytest -q test_database.py")
+    shown = reader.run("hybrid-storage show 42:7:7 --json")
+    assert '"data": {}' in shown  # nothing has stayed
