@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import re
 import shlex
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +20,13 @@ from typing import Any
 
 import aiohttp
 import pytest
-from sqlalchemy import URL
+from aiogram.fsm.storage.base import StorageKey
+from sqlalchemy import URL, create_engine, text
+from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
+from sqlalchemy.orm import sessionmaker
+from test_readme import run_awaiting
+
+from hybrid_storage import SQLAlchemyStorage
 
 GUIDES = Path(__file__).parent.parent / "docs" / "guides"
 FILE = re.compile(r"^<!-- run: (\S+\.(?:py|ini)) -->\n```\w+\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -260,3 +268,86 @@ def test_the_guide_to_tests_has_tests_that_pass(postgres_database: URL, tmp_path
     assert "2 passed" in reader.run("pytest -q test_database.py")
     shown = reader.run("hybrid-storage show 42:7:7 --json")
     assert '"data": {}' in shown  # nothing has stayed
+
+
+# The production checklist
+
+
+@pytest.fixture
+def checklist() -> dict[str, str]:
+    """Return the blocks of the checklist by their names."""
+    page = (GUIDES / "production-checklist.md").read_text()
+    block = re.compile(r"<!-- run: (\w+) -->\n```\w+\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+    blocks = dict(block.findall(page))
+    assert sorted(blocks) == ["privileges", "settings", "timeouts"]
+    return blocks
+
+
+@pytest.fixture
+def database_of_bot(postgres_database: URL, checklist: dict[str, str]) -> Iterator[URL]:
+    """Return a database whose tables a role may use as the checklist says, and no more."""
+    admin = create_engine(postgres_database)
+    role = f"bot_{uuid.uuid4().hex}"
+    storage = SQLAlchemyStorage(sessionmaker(admin))
+    storage.create_isolation()
+    storage.metadata.create_all(admin)
+    grants = [line for name in ("privileges", "timeouts") for line in checklist[name].splitlines()]
+    with admin.begin() as connection:
+        connection.exec_driver_sql(f"CREATE ROLE {role} LOGIN")
+        for line in grants:
+            connection.exec_driver_sql(re.sub(r"\bbot\b", role, line))
+    try:
+        yield postgres_database.set(username=role)
+    finally:
+        with admin.begin() as connection:
+            connection.exec_driver_sql(f"DROP OWNED BY {role}")
+            connection.exec_driver_sql(f"DROP ROLE {role}")
+        admin.dispose()
+
+
+async def test_the_checklists_privileges_and_settings_suffice(
+    checklist: dict[str, str],
+    database_of_bot: URL,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    url = database_of_bot.render_as_string(hide_password=False)
+    monkeypatch.setenv("DATABASE_URL", url)
+    names: dict[str, Any] = {"__name__": "checklist"}
+    try:
+        await run_awaiting(checklist["settings"], names)
+    finally:
+        gc.unfreeze()
+    storage, isolation, key = names["storage"], names["isolation"], StorageKey(42, 7, 7)
+    await storage.check_table()
+    await storage.create_table()  # finds them, and creates nothing
+    for _ in range(2):
+        async with isolation.lock(key):
+            assert await storage.get_state(key) is None
+            await storage.set_state(key, "order:payment")
+            await storage.update_data(key, {"name": "Ada"})
+        assert await storage.get_data(key) == {"name": "Ada"}
+        await storage.clear(key)
+
+    def hold_the_lock() -> None:
+        with isolation.lock_sync(key), names["sessionmaker"](names["engine"]).begin() as session:
+            storage.operations.update_data(session, key, {"name": "Bob"})
+
+    await asyncio.to_thread(hold_the_lock)
+    assert await storage.get_data(key) == {"name": "Bob"}
+    for name, seconds in {"statement": "10s", "lock": "5s"}.items():
+        shown = text(f"SHOW {name}_timeout")
+        assert await storage.run_sync(lambda session, shown=shown: session.scalar(shown)) == seconds
+
+    refused = text("INSERT INTO aiogram_fsm_data (id, data) VALUES ('42:7:7', :secret)")
+    with pytest.raises(IntegrityError) as error:
+        await storage.run_sync(lambda session: session.execute(refused, {"secret": "s3cret"}))
+    assert "s3cret" not in str(error.value)
+    slow = text("SET LOCAL statement_timeout = '50ms'; SELECT pg_sleep(5)")
+    with pytest.raises(OperationalError, match="statement timeout"):  # at once
+        await storage.run_sync(lambda session: session.execute(slow))
+    with pytest.raises(ProgrammingError, match="permission denied"):
+        await storage.run_sync(lambda session: session.execute(text("CREATE TABLE other (a int)")))
+    assert not caplog.records
+    await isolation.close()
+    names["engine"].dispose()
