@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import io
 import os
 import re
 import shlex
@@ -14,19 +15,22 @@ import textwrap
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 from aiogram.fsm.storage.base import StorageKey
+from alembic.config import CommandLine, Config
+from click.testing import CliRunner
 from sqlalchemy import URL, create_engine, text
-from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, ProgrammingError
 from sqlalchemy.orm import sessionmaker
-from test_readme import run_awaiting
+from test_readme import close_engines, run_awaiting
 
 from hybrid_storage import SQLAlchemyStorage
+from hybrid_storage.cli import app
 
 GUIDES = Path(__file__).parent.parent / "docs" / "guides"
 FILE = re.compile(r"^<!-- run: (\S+\.(?:py|ini)) -->\n```\w+\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -104,22 +108,16 @@ async def test_a_worker_that_is_told_to_stop_ends_its_update_and_the_next_one_wa
 # Alembic
 
 COMMANDS = re.compile(r"(?<=<!-- run -->\n```console\n)(.*?)(?=```)", re.DOTALL)
-PROGRAMS = {"alembic": "alembic", "hybrid-storage": "hybrid_storage", "pytest": "pytest"}
 
 
 class Reader:
-    """Somebody who follows a guide in an empty folder.
+    """Somebody who follows a guide in an empty folder, which is the current one.
 
     :param folder: the folder
-    :param url: of the database
     """
 
-    def __init__(self, folder: Path, url: str) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._environment = environment(
-            DATABASE_URL=url, HYBRID_STORAGE_URL=url, PYTHONDONTWRITEBYTECODE="1"
-        )
-        self._environment["PYTHONPATH"] += f":{folder}"
 
     def write(self, name: str, code: str) -> None:
         """Write one of the guide's files."""
@@ -127,32 +125,55 @@ class Reader:
         (self.folder / name).write_text(code)
 
     def run(self, line: str, ok: bool = True) -> str:
-        """Run a command; return what it prints."""
+        """Run a command; return what it prints. Python's own run here: their imports take long."""
         program, *arguments = shlex.split(line)
-        if program in PROGRAMS:
-            arguments = [sys.executable, "-m", PROGRAMS[program], *arguments]
+        if program == "alembic":
+            printed = alembic(arguments, ok)
+        elif program == "hybrid-storage":
+            result = CliRunner().invoke(app, arguments)
+            assert (result.exit_code == 0) == ok, result.output
+            printed = result.stdout
         else:
-            arguments = [program, *arguments]
-        done = subprocess.run(
-            arguments,
-            cwd=self.folder,
-            env=self._environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-        )
-        assert (done.returncode == 0) == ok, done.stdout + done.stderr
-        return done.stdout.replace(f"{self.folder}/", "")
+            arguments = [sys.executable, "-m", "pytest"] if program == "pytest" else [program]
+            printed = subprocess.run(
+                [*arguments, *shlex.split(line)[1:]],
+                env=environment(),
+                capture_output=True,
+                text=True,
+                check=ok,
+            ).stdout
+        self.forget()
+        return printed.replace(f"{self.folder}/", "")
 
     def follow(self, block: str) -> str:
         """Run a block's commands; return it with what they print."""
         lines = [line for line in block.splitlines() if line.startswith("$ ")]
         return "".join(f"{line}\n{self.run(line[2:])}" for line in lines)
 
-    def python(self, code: str) -> str:
+    def python(self, code: str) -> None:
         """Run Python code that may import the guide's files."""
-        return self.run(shlex.join([sys.executable, "-c", textwrap.dedent(code)]))
+        names: dict[str, Any] = {"__name__": "reader"}
+        exec(textwrap.dedent(code), names)
+        if "engine" in names:
+            names["engine"].dispose()
+        self.forget()
+
+    def forget(self) -> None:
+        """Let the guide's files be imported anew."""
+        for name in ("bot", "models"):
+            engine = getattr(sys.modules.pop(name, None), "engine", None)
+            if engine is not None:
+                engine.dispose()
+
+
+def alembic(arguments: list[str], ok: bool) -> str:
+    """Run Alembic's command."""
+    command, printed = CommandLine(), io.StringIO()
+    options = command.parser.parse_args(arguments)
+    config = Config("alembic.ini", stdout=printed, cmd_opts=options)
+    with redirect_stdout(printed), nullcontext() if ok else pytest.raises(DBAPIError):
+        command.run_cmd(config, options)
+    return printed.getvalue()
 
 
 OLD_PROCESS = """
@@ -178,12 +199,23 @@ FORMER_LOCKS = """
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def reader(request: pytest.FixtureRequest, tmp_path: Path) -> Reader:
+def reader(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Reader]:
     """Return somebody who has either database."""
-    if request.param == "sqlite":
-        return Reader(tmp_path, f"sqlite:///{tmp_path}/bot.db")
-    url = request.getfixturevalue("postgres_database")
-    return Reader(tmp_path, url.render_as_string(hide_password=False))
+    url = f"sqlite:///{tmp_path}/bot.db"
+    if request.param == "postgresql":
+        database: URL = request.getfixturevalue("postgres_database")
+        url = database.render_as_string(hide_password=False)
+    monkeypatch.setenv("DATABASE_URL", url)
+    monkeypatch.setenv("HYBRID_STORAGE_URL", url)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # a file is changed within a second
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    reader = Reader(tmp_path)
+    yield reader
+    reader.forget()
+    close_engines()
 
 
 def test_the_guide_to_alembic_does_what_it_says(reader: Reader) -> None:
@@ -248,9 +280,9 @@ def check_concurrent_index(reader: Reader, page: str) -> None:
 ENGINE_OF_MODELS = """import os
 
 from models import Base
-from sqlalchemy import create_engine
+from sqlalchemy import NullPool, create_engine
 
-engine = create_engine(os.environ["DATABASE_URL"])"""
+engine = create_engine(os.environ["DATABASE_URL"], poolclass=NullPool)"""
 
 
 # Tests
@@ -258,8 +290,8 @@ engine = create_engine(os.environ["DATABASE_URL"])"""
 SECONDS = re.compile(r"in [0-9.]+s")
 
 
-def test_the_guide_to_tests_has_tests_that_pass(postgres_database: URL, tmp_path: Path) -> None:
-    reader = Reader(tmp_path, postgres_database.render_as_string(hide_password=False))
+@pytest.mark.parametrize("reader", ["postgresql"], indirect=True)
+def test_the_guide_to_tests_has_tests_that_pass(reader: Reader) -> None:
     reader.write("pytest.ini", "[pytest]\nfilterwarnings = error\n")  # as a careful reader has it
     for name, code in files_of("testing-your-handlers"):
         reader.write(name, code)
