@@ -293,7 +293,7 @@ SECONDS = re.compile(r"in [0-9.]+s")
 @pytest.mark.parametrize("reader", ["postgresql"], indirect=True)
 def test_the_guide_to_tests_has_tests_that_pass(reader: Reader) -> None:
     reader.write("pytest.ini", "[pytest]\nfilterwarnings = error\n")  # as a careful reader has it
-    for name, code in files_of("testing-your-handlers"):
+    for name, code in files_of("testing-your-handlers") + files_of("testing-on-a-database"):
         reader.write(name, code)
     [block] = COMMANDS.findall((GUIDES / "testing-your-handlers.md").read_text())
     assert SECONDS.sub("", reader.follow(block)) == SECONDS.sub("", block)

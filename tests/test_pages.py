@@ -42,6 +42,7 @@ BY_THEIR_OWN_TEST = {
     "docs/guides/transactions.md",
     "docs/guides/webhooks.md",
     "docs/guides/alembic.md",
+    "docs/guides/testing-on-a-database.md",
     "docs/guides/testing-your-handlers.md",
     "docs/guides/production-checklist.md",
     "docs/reference/command.md",
