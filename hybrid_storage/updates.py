@@ -49,7 +49,7 @@ class Updates(Tables[S]):
         """Return event isolation: one handler at a time for a conversation.
 
         :param unit_of_work: whether to read a conversation once an update, and to write it once,
-            when the handler is over: see docs/guides/isolation.md
+            when the handler is over: see docs/guides/unit-of-work.md
         :param lease: after how many seconds the locks of a process that died end; they are renewed
             three times as often while a handler runs. They are in ``<table_name>_lock``, a table to
             create, too. None locks in this process only, for bots of one process

@@ -7,13 +7,11 @@ cannot tell two of them from two processes. Tests with real processes are in
 
 from __future__ import annotations
 
-import ast
 import asyncio
 import gc
 import itertools
 import logging
 import random
-import re
 import sqlite3
 import time
 import uuid
@@ -73,8 +71,6 @@ from hybrid_storage import (
     SQLAlchemyEventIsolation,
     SQLAlchemyStorage,
 )
-
-DOCUMENT = Path(__file__).parent.parent / "docs" / "guides" / "isolation.md"
 
 one_backend_a_server = pytest.mark.parametrize(
     "backend", {backend.server: backend for backend in reversed(SERVERS)}.values(), ids=str
@@ -1337,22 +1333,3 @@ async def test_a_lock_asked_for_in_a_transaction_on_the_only_connection_there_is
             async with isolation.lock(key):
                 pass
     engine.dispose()
-
-
-# The document
-
-
-async def test_the_examples_of_the_document_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    page = DOCUMENT.read_text()
-    blocks = re.findall(r"<!-- run: isolation -->\n```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == page.count("```python") > 0
-    names: dict[str, Any] = {"__name__": "isolation"}
-    for block in blocks:
-        flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
-        result = eval(compile(block, DOCUMENT.name, "exec", flags, dont_inherit=True), names)
-        if result is not None:
-            await result
-    names["engine"].dispose()

@@ -7,14 +7,11 @@ import asyncio
 import gc
 import inspect
 import re
-import sys
 from datetime import datetime, timezone
 from itertools import chain, cycle
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import httpx
 import pytest
 from aiogram import Bot
 from aiogram.client.session.base import BaseSession
@@ -167,20 +164,6 @@ async def test_the_examples_of_the_transactions_page_run(
     await dispose(names)
 
 
-LEGACY = (ROOT / "docs" / "guides" / "synchronous-applications.md").read_text()
-LEGACY_BLOCKS = re.findall(r"<!-- run: (\w+) -->\n```python\n(.*?)```", LEGACY, re.DOTALL)
-RECIPES = re.findall(
-    r"\n### ([^\n]+)\n(?:(?!\n##).)*?<!-- run: alone -->\n```python\n(.*?)```", LEGACY, re.DOTALL
-)
-
-
-def test_every_python_block_of_the_legacy_page_is_run() -> None:
-    assert len(LEGACY_BLOCKS) == LEGACY.count("```python") > 0
-    assert [code for _, code in RECIPES] == [
-        code for kind, code in LEGACY_BLOCKS if kind == "alone"
-    ]
-
-
 def close_engines() -> None:
     """Close what the examples have opened, where nobody uses it any more."""
     gc.collect()
@@ -188,66 +171,6 @@ def close_engines() -> None:
         if "shop.db" in str(engine.url) or "bot.db" in str(engine.url):
             assert getattr(engine.pool, "checkedout")() == 0  # noqa: B009
             engine.dispose()
-
-
-async def test_the_examples_of_the_legacy_page_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"__name__": "legacy"}
-    for kind, code in LEGACY_BLOCKS:
-        if kind != "alone":
-            await run_awaiting(code, names)
-    assert await names["state"].get_data() == {"order": 2, "orders": 2}
-    assert not names["Session"].registry.has()
-    close_engines()
-
-
-@pytest.mark.parametrize(("name", "code"), RECIPES, ids=[name for name, _ in RECIPES])
-async def test_the_recipes_of_the_legacy_page_run(
-    name: str,
-    code: str,
-    key: StorageKey,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Those that have no use of their own in them are used here."""
-    monkeypatch.chdir(tmp_path)
-    module = ModuleType("recipe")
-    module.__file__ = str(tmp_path / "recipe.py")
-    monkeypatch.setitem(sys.modules, "recipe", module)
-    names = vars(module)
-    names["key"] = key
-    await run_awaiting(code, names)
-    storage = names["storage"]
-    await storage.create_table()
-    users_key = StorageKey(bot_id=42, chat_id=7, user_id=7)
-    if "FastAPI" in name:
-        transport = httpx.ASGITransport(names["app"])
-        async with httpx.AsyncClient(transport=transport, base_url="http://shop") as client:
-            assert (await client.get("/state/7")).json() is None
-            assert (await client.post("/paid/7")).status_code == 200
-            assert (await client.get("/state/7")).json() == "order:paid"
-    elif "Celery" in name:
-        names["ship"].apply([7]).get()
-        assert await storage.get_state(users_key) == "order:shipped"
-        assert await storage.get_data(users_key) == {"parcel": 1}
-    elif "cron" in name:
-        await storage.set_state(key, "order:payment")
-        await storage.set_state(users_key, "order:paid")
-        await run_awaiting(code, {"__name__": "recipe"})
-        assert await storage.get_state(key) is None
-        assert await storage.get_state(users_key) == "order:paid"
-        assert capsys.readouterr().out.endswith("\n1 conversations reset\n")
-    elif "pay" in names:
-        await names["pay"](FSMContext(storage, key))
-        assert await storage.get_data(key) == {"order": 1}
-        assert await storage.get_state(key) == "order:paid"
-    elif "key, " in code:
-        assert await storage.get_state(key) == "order:paid"
-    names.clear()
-    close_engines()
 
 
 def test_the_admin_page_of_the_docs_quotes_the_examples_and_describes_its_pictures() -> None:

@@ -99,7 +99,7 @@ async def test_a_dialog_is_changed_in_the_background_and_from_the_foreground(
 ) -> None:
     has_lease = f"{bot.storage.table.name}_lock" in bot.storage.metadata.tables
     # In SQLite a transaction that asks for a lock holds the file's write lock, without which the
-    # lock's holder cannot free it: docs/guides/isolation.md warns of it.
+    # lock's holder cannot free it: docs/guides/unit-of-work.md warns of it.
     in_transaction = in_transaction and not (has_lease and backend.server == "sqlite")
     dispatcher = dispatcher_of(bot)
     if in_transaction:
