@@ -16,18 +16,21 @@ from typing import Any
 
 import psycopg
 import pytest
+from aiogram.fsm.storage.base import StorageKey
 from anyio import to_thread
 from backends import POSTGRESQL, Backend
 from blocking import until
 from chaos.proxy import free_port
 from chaos.servers import MARIADBD, PGBOUNCER, Server, mariadb, pgbouncer, postgres
+from conftest import Open
 from sqlalchemy import URL, Connection, Engine, create_engine
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from hybrid_storage._engine.codes import TRANSIENT_IN_MYSQL, TRANSIENT_TEXTS_IN_MYSQL
-from hybrid_storage._engine.errors import is_transient
+from hybrid_storage._engine.errors import is_of_the_wrong_server, is_transient
 
 OF_POSTGRESQL = [
     *POSTGRESQL,
@@ -152,6 +155,41 @@ def connected(url: URL) -> Iterator[Connection]:
             yield connection
     finally:
         engine.dispose()
+
+
+# A connection that is left to a server that takes no writes
+
+
+@pytest.mark.parametrize("backend", POSTGRESQL, ids=str)
+async def test_a_pooled_connection_to_a_server_that_is_read_only_by_now_is_given_up(
+    backend: Backend, open_storage: Open, key: StorageKey
+) -> None:
+    """The old primary of a failover may keep it, and then each attempt would get it again."""
+    storage = await open_storage(backend, engine_options={"pool_size": 1, "max_overflow": 0})
+
+    def demote(session: Session) -> None:
+        session.connection().exec_driver_sql("SET default_transaction_read_only = on")
+
+    await storage.run_sync(demote)
+    await storage.set_state(key, "Form:name")
+    assert await storage.get_state(key) == "Form:name"
+
+
+@with_galera
+async def test_that_a_server_is_read_only_is_told_from_other_options(
+    backend: Backend, node: URL
+) -> None:
+    with connected(node.set(username="root")) as root:
+        root.exec_driver_sql("GRANT FILE ON *.* TO guest")
+        lasting = await error_of(backend, node, "SELECT 1 INTO OUTFILE '/no/such/folder/file'")
+        root.exec_driver_sql("SET GLOBAL read_only = 1")
+        try:
+            passing = await error_of(backend, node, INSERT)
+        finally:
+            root.exec_driver_sql("SET GLOBAL read_only = 0")
+    assert isinstance(lasting, DBAPIError)
+    assert isinstance(passing, DBAPIError)
+    assert (is_of_the_wrong_server(passing), is_of_the_wrong_server(lasting)) == (True, False)
 
 
 # Poolers and proxies
@@ -328,6 +366,7 @@ def node() -> Iterator[URL]:
             f";ist.recv_addr=127.0.0.1:{free_port()}",
             "binlog-format": "ROW",
             "innodb-autoinc-lock-mode": 2,
+            "secure-file-priv": folder,
             "max-user-connections": 100,  # or it could not be changed
         }
         url = mariadb(Path(folder)).url  # there are tables for the server now
@@ -385,4 +424,5 @@ async def test_an_option_that_prevents_a_statement_for_good_does_not_pass(
     with connected(node.set(username="root")) as root:
         root.exec_driver_sql("GRANT FILE ON *.* TO guest")
     error = await error_of(backend, node, "SELECT 1 INTO OUTFILE '/no/such/folder/file'")
+    assert "1290" in str(error)
     assert not is_transient(error), repr(error)

@@ -133,6 +133,9 @@ TRANSIENT_TEXTS_IN_MYSQL: dict[int, re.Pattern[str]] = {
     1317: _OF_VITESS,
 }
 
+# The server takes no writes, but keeps its connections: another one has to be found.
+OF_THE_WRONG_SERVER: frozenset[str | int | None] = frozenset({"25006", 1047, 1290, 1836, 1874})
+
 # Of no code at all: a driver that has tried all hosts, and found none of the wanted kind.
 # Provoked: asyncpg with target_session_attrs. (psycopg's error is one of connecting.)
 NO_SUCH_HOST_YET = re.compile(r"hosts match the target attribute")

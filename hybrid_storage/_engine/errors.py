@@ -21,6 +21,7 @@ from .codes import (
     LASTING_TEXTS_OF_STATES,
     MISPLACED_STATEMENT,
     NO_SUCH_HOST_YET,
+    OF_THE_WRONG_SERVER,
     TRANSIENT_CLASSES,
     TRANSIENT_IN_MYSQL,
     TRANSIENT_STATES,
@@ -75,6 +76,12 @@ def is_missing_column(error: DBAPIError) -> bool:
 def is_misplaced_statement(error: DBAPIError) -> bool:
     """Tell whether a pooler sent a prepared statement to another server than it was prepared on."""
     return _sqlstate(error) in MISPLACED_STATEMENT
+
+
+def is_of_the_wrong_server(error: DBAPIError) -> bool:
+    """Tell whether a server takes no writes, as the old primary after a failover."""
+    codes = _sqlstate(error), _number(error)
+    return is_transient(error) and not OF_THE_WRONG_SERVER.isdisjoint(codes)
 
 
 def is_lock_timeout(error: DBAPIError) -> bool:

@@ -98,8 +98,8 @@ class Units:
         :param frees: whether to free it
         :raises IntegrityError: if a row is there that was not
         """
-        # By the name: CockroachDB, whose dialect is a kind of PostgreSQL's, refuses a statement that
-        # updates, deletes and inserts rows of one table.
+        # By the name: CockroachDB, whose dialect is a kind of PostgreSQL's, refuses a statement
+        # that updates, deletes and inserts rows of one table.
         is_postgresql = connection.dialect.name == "postgresql"
         if not (changes and is_postgresql and self.fits_one_statement):
             return self.write(connection, changes, fence, frees=frees)
