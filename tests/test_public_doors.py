@@ -32,6 +32,7 @@ ORDER = [
     "_sql.renames",
     "_sql.conversations",
     "_sql.tables",
+    "_engine.codes",
     "_engine.errors",
     "_engine.retries",
     "_engine.cancellation",

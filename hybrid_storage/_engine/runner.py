@@ -264,12 +264,8 @@ def checked_out(bind: Bind, pool: PoolState | None) -> Iterator[Connection]:
         # Looked at last: the handlers take connections without asking.
         if pool.are_connections_taken(bind):
             raise PoolTaken
-        with bind.connect() as connection:
-            pool.of_calls.add(connection)
-            try:
-                yield connection
-            finally:
-                pool.of_calls.discard(connection)
+        with bind.connect() as connection, pool.lending(connection):
+            yield connection
 
 
 def connected(bind: Bind) -> AbstractContextManager[Connection]:

@@ -239,7 +239,7 @@ class _Dialect:
             .where(columns.id == sa.bindparam("_row"))
         )
         if isinstance(dialect, MySQLDialect):  # a snapshot may be older than the lock
-            self.read = self.read.with_for_update(read=True)
+            self.read = self.read.with_for_update()  # TiDB has no locks to share
         # Renewal never waits for a row. One that a transaction of this process has locked, after a
         # write behind the fence, would hold up the renewal of all others.
         unlocked = leases.select_mine.with_for_update(skip_locked=True)
