@@ -82,6 +82,7 @@ class Server:
         self.url = url
         self.pid = pid
         self._connection = connection
+        self._others = 0
 
     def ask(self, statement: str, *arguments: object) -> Any:
         """Return the first row of an answer."""
@@ -119,7 +120,7 @@ class Server:
     def counted(self, table: str) -> Counted:
         """Return what has been counted of a table, once all others have disconnected."""
         deadline = time.monotonic() + 20
-        while self.backends() and time.monotonic() < deadline:
+        while len(self.backends()) > self._others and time.monotonic() < deadline:
             time.sleep(0.05)
         return Counted(
             *self.ask(
@@ -182,22 +183,32 @@ class Server:
         if tables.columns:
             names += ", bot_id, chat_id, user_id, destiny, conversation, written_at, idle_handled"
             values += f", 42, 10 * n + 1, 10 * n + 1, 'default', {key}, 1e9 + n, 0"
+        numbers = "FROM generate_series(1, {}) n"
         self.run(
-            f"INSERT INTO {tables.name} ({names}) SELECT {values} FROM generate_series(1, {rows}) n",
+            f"INSERT INTO {tables.name} ({names}) SELECT {values} {numbers.format(rows)}",
             f"INSERT INTO {tables.locks} (id, owner, expires, version)"
-            f" SELECT {key}, '', extract(epoch FROM now()), 1 FROM generate_series(1, {locks}) n",
+            f" SELECT {key}, '', extract(epoch FROM now()), 1 {numbers.format(locks)}",
             *(f"VACUUM ANALYZE {table}" for table in tables.both),
         )
 
     @contextmanager
     def whole_pages(self) -> Iterator[None]:
         """Have whole pages in the log for the time of the block, as if after a checkpoint."""
-        self._set("full_page_writes = on")
-        self.run("CHECKPOINT")
+        with self.setting("full_page_writes", "on"):
+            self.run("CHECKPOINT")
+            yield
+
+    @contextmanager
+    def setting(self, name: str, value: str) -> Iterator[None]:
+        """Have another setting for the time of the block."""
+        self.run(f"ALTER SYSTEM SET {name} = {value}", "SELECT pg_reload_conf()")
+        time.sleep(0.5)  # until all processes have taken note
         try:
             yield
         finally:
-            self._set("full_page_writes = off")
+            before = SETTINGS.get(name, "DEFAULT")
+            self.run(f"ALTER SYSTEM SET {name} = {before}", "SELECT pg_reload_conf()")
+            time.sleep(0.5)
 
     @contextmanager
     def open_transaction(self) -> Iterator[None]:
@@ -205,12 +216,9 @@ class Server:
         with connect(_dsn(self.url)) as another:
             another.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
             another.execute("SELECT count(*) FROM pg_class")
-            self.others = 1
+            self._others += 1
             yield
-
-    def _set(self, setting: str) -> None:
-        self.run(f"ALTER SYSTEM SET {setting}", "SELECT pg_reload_conf()")
-        time.sleep(0.5)  # until all processes have taken note
+            self._others -= 1
 
 
 def memory_of(pids: Sequence[int]) -> float:
