@@ -108,6 +108,7 @@ async def _measure(options: argparse.Namespace, console: Console) -> Results:
     chosen = {
         "rounds": options.rounds,
         "update_rounds": options.rounds,
+        "scaling_rounds": options.rounds,
         "tasks": options.tasks,
     }
     scale = replace(scale, **{name: value for name, value in chosen.items() if value})

@@ -34,7 +34,7 @@ def partition(table: Table) -> None:
     """Have a table created by hash of its key."""
     table.dialect_options["postgresql"]["partition_by"] = "HASH (id)"
     for number in range(PARTITIONS):
-        ddl = DDL(
+        ddl: Any = DDL(  # type: ignore[no-untyped-call]
             f"CREATE TABLE %(table)s_{number} PARTITION OF %(table)s"
             f" FOR VALUES WITH (MODULUS {PARTITIONS}, REMAINDER {number})"
         )
