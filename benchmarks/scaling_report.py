@@ -17,6 +17,8 @@ LOG_SPEED = 200e6
 """Bytes a second that a disk takes of WAL: assumed, not measured."""
 MOST_CONNECTIONS = 400
 """Of a server without a pooler: assumed."""
+CHECKPOINT = 300
+"""Seconds between two checkpoints: PostgreSQL's default."""
 PEAK = 0.1
 """The share of a day's updates that come in its busiest hour: assumed."""
 PACE = 10
@@ -35,7 +37,11 @@ class Price:
     client: float
     """In seconds of CPU time."""
     wal: float
-    """In bytes, of a busy table soon after a checkpoint."""
+    """In bytes, of pages that were changed since the last checkpoint."""
+    first_wal: float
+    """In bytes, of pages that were not: they are logged as a whole, once for each checkpoint."""
+    size: float
+    """Of the tables with their indexes, in bytes."""
     pool: float
     """Connections of a process."""
 
@@ -43,12 +49,17 @@ class Price:
         """Return how many processes of the bot it takes: each uses one core at most."""
         return max(1, rate * self.client / BUSY)
 
+    def logged(self, rate: float) -> float:
+        """Return the bytes of WAL a second: no page is logged as a whole twice a checkpoint."""
+        whole_pages = min(rate * (self.first_wal - self.wal), self.size / CHECKPOINT)
+        return rate * self.wal + whole_pages
+
     def shares(self, rate: float, cores: int) -> dict[str, float]:
         """Return what share of each resource so many updates a second take."""
         return {
             "CPU of the server": rate * self.server / cores,
             "connections": self.processes(rate) * self.pool / MOST_CONNECTIONS,
-            "writing WAL": rate * self.wal / LOG_SPEED,
+            "writing WAL": self.logged(rate) / LOG_SPEED,
         }
 
     def most(self, cores: int) -> float:
@@ -57,11 +68,13 @@ class Price:
 
 
 def prices(results: Results) -> dict[str, Price]:
-    """Return what an update costs, by setting: the dearest WAL, that of the largest table."""
-    wal = max(row["wal, whole pages"] for row in results.scaling["growth"].values())
+    """Return what an update costs, by setting: the WAL is that of the largest table."""
+    name, largest = list(results.scaling["growth"].items())[-1]
+    each = largest["conversation: bytes"] + largest["lock: bytes"]
+    wal = (largest["wal"], largest["wal, whole pages"], each * int(name.replace(",", "")))
     pool = results.scaling["setting"]["processes"]["pool"]
     return {
-        name: Price(row["server"], row["client"], wal, pool)
+        name: Price(row["server"], row["client"], *wal, pool)
         for name, row in results.scaling["plans"].items()
     }
 
@@ -81,7 +94,7 @@ def scaling_answers(results: Results) -> Iterator[Table]:
                     _about(most * 3600 / PEAK),
                     _about(most * PACE),
                     _about(price.processes(most)),
-                    f"{most * price.wal / 1e6:.0f} MB/s",
+                    f"{price.logged(most) / 1e6:.0f} MB/s",
                 ]
             )
     yield Table(
@@ -92,7 +105,7 @@ def scaling_answers(results: Results) -> Iterator[Table]:
             "updates/day",
             "users at a time",
             "processes of the bot",
-            "WAL at worst",
+            "WAL",
         ],
         rows,
     )
