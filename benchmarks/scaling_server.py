@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 from psycopg import Connection, connect
 from sqlalchemy import URL, create_engine, make_url
 from sqlalchemy.orm import sessionmaker
@@ -36,10 +36,8 @@ SETTINGS = {
     "autovacuum_naptime": "'1s'",
     "jit": "off",
 }
-TUNED = (
-    "autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000, "
-    "autovacuum_vacuum_cost_delay = 0"
-)
+TUNED = "autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0"
+"""What docs/scaling.md recommends, beside the fillfactor."""
 OLD_LOCKS = "SELECT id FROM {locks} WHERE expires < 0 LIMIT 1000"
 """What each process asks for once a minute, in short."""
 
