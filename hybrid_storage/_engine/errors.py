@@ -26,6 +26,10 @@ _LOCK_TIMEOUT: _Codes = frozenset({"55P03", 1205})
 _NO_SAVEPOINT: _Codes = frozenset({"3B001", "25P01", 1305})  # 1305: also for a function
 _NO_SAVEPOINT_IN_SQLITE = re.compile(r"no such savepoint")
 
+# The server turned read-only, as the old primary does in a failover.
+_READ_ONLY: _Codes = frozenset({"25006", 1290, 1836})
+_NO_PRIMARY = "TargetServerAttributeNotMatched"  # asyncpg's, of target_session_attrs
+
 # A pooler sent the statement to a server that has not prepared it, or that has already.
 _MISPLACED_STATEMENT = {"26000", "42P05"}
 
@@ -52,6 +56,7 @@ _TRANSIENT_IN_MYSQL = {
     1213,  # deadlock
     1226,  # too much of what this user may have: connections, or statements an hour
     1290,  # the server turned read-only, as the old primary does in a failover
+    1836,  # the same, by innodb_read_only
     1927,  # the connection was killed
     3101,  # group replication rolled the transaction back
     8002,  # TiDB: a conflict with another transaction's SELECT FOR UPDATE
@@ -100,6 +105,13 @@ def is_misplaced_statement(error: BaseException) -> bool:
     return _sqlstate(error) in _MISPLACED_STATEMENT
 
 
+def is_read_only(error: BaseException) -> bool:
+    """Tell whether the server takes no writes: a connection to it is of no use any more."""
+    return isinstance(error, DBAPIError) and (
+        _sqlstate(error) in _READ_ONLY or _number(error) in _READ_ONLY
+    )
+
+
 def is_lock_timeout(error: DBAPIError) -> bool:
     """Tell whether a statement has waited for a lock for as long as it may."""
     return _is_about(error, _LOCK_TIMEOUT, _BUSY_IN_SQLITE)
@@ -126,6 +138,8 @@ def is_transient(error: BaseException) -> bool:
     """
     if _has_unknown_host(error):
         return False
+    if _is_without_primary(error):
+        return True
     if isinstance(error, DBAPIError):
         return error.connection_invalidated or _is_transient_answer(error)
     # What asyncpg raises while it connects is not wrapped.
@@ -173,6 +187,15 @@ def _may_connect_later(error: Any) -> bool:
 
 def _is_transient_state(state: str | None) -> bool:
     return state is not None and (state in _TRANSIENT_STATES or state[:2] in _TRANSIENT_CLASSES)
+
+
+def _is_without_primary(error: BaseException) -> bool:
+    cause: BaseException | None = getattr(error, "orig", None) or error
+    while cause is not None:
+        if type(cause).__name__ == _NO_PRIMARY:
+            return True
+        cause = cause.__cause__
+    return False
 
 
 def _has_unknown_host(error: BaseException) -> bool:

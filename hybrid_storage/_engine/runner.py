@@ -25,7 +25,7 @@ from sqlalchemy.exc import DBAPIError, UnboundExecutionError
 from sqlalchemy.orm import Session
 
 from . import poolers
-from .calls import Call
+from .calls import Call, leave_if_read_only
 from .cancellation import InCallersTask, Interrupter, run_to_completion
 from .factories import check_bind, synchronous
 from .slots import (
@@ -261,6 +261,9 @@ def checked_out(bind: Bind, pool: PoolState | None) -> Iterator[Connection]:
             pool.of_calls.add(connection)
             try:
                 yield connection
+            except DBAPIError as error:
+                leave_if_read_only(connection, error)
+                raise
             finally:
                 pool.of_calls.discard(connection)
 
