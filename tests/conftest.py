@@ -42,6 +42,8 @@ ROOM = 1 << 32  # bytes
 collect_ignore = [] if redis_version() else ["test_migration_from_redis.py"]
 if not PGBOUNCER or not PREPARING_PGBOUNCER:
     collect_ignore.append("test_pgbouncer.py")
+if not shutil.which("haproxy"):
+    collect_ignore.append("test_haproxy.py")
 if sys.version_info < (3, 11):
     collect_ignore.append("test_admin_async.py")  # of Starlette-Admin 1
 

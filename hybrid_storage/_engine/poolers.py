@@ -132,7 +132,15 @@ def _look(
 
 def _names_of_psycopg(pooled: PoolProxiedConnection, _: bool) -> tuple[bool, bool]:
     """Tell whether the server knows statements by the driver's names, and whether that is safe."""
-    name = _scalar(pooled, _NAME.format(uuid.uuid4()), prepare=True)
+    driver: Any = pooled.driver_connection
+    threshold = driver.prepare_threshold
+    if threshold is None:  # it has been told
+        return False, True
+    driver.prepare_threshold = 0
+    try:
+        name = _scalar(pooled, _NAME.format(uuid.uuid4()))
+    finally:
+        driver.prepare_threshold = threshold
     return name is not None and name.startswith(_COUNTED), True
 
 
@@ -182,10 +190,10 @@ def _server(pooled: PoolProxiedConnection) -> int:
     return pid
 
 
-def _scalar(pooled: PoolProxiedConnection, statement: str, **options: Any) -> Any:
+def _scalar(pooled: PoolProxiedConnection, statement: str) -> Any:
     cursor: Any = pooled.cursor()
     try:
-        cursor.execute(statement, **options)
+        cursor.execute(statement)
         row = cursor.fetchone()
     finally:
         cursor.close()
