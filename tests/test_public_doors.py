@@ -40,6 +40,7 @@ ORDER = [
     "_engine.factories",
     "_engine.slots",
     "_engine.calls",
+    "_engine.poolers",
     "_engine.runner",
     "_engine.joined",
     "_engine.scopes",

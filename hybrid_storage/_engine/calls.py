@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
-from .errors import is_missing_column, is_missing_table
+from .errors import is_missing_column, is_missing_table, is_of_the_wrong_server
 
 T = TypeVar("T")
 
@@ -55,3 +55,12 @@ class Call(Generic[T]):
                     "a migration; create_table() leaves a table that exists as it is"
                 )
             raise
+
+
+def leave_wrong_server(connection: Connection, error: DBAPIError) -> None:
+    """Close a connection to a server that takes no writes: the pool is to find the one that does.
+
+    The old primary may go on as a standby, and the pool would give the connection out again.
+    """
+    if is_of_the_wrong_server(error) and not (connection.closed or connection.invalidated):
+        connection.invalidate(error)

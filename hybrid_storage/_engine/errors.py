@@ -73,7 +73,7 @@ def is_missing_column(error: DBAPIError) -> bool:
     return _is_about(error, _MISSING_COLUMN, _MISSING_COLUMN_IN_SQLITE)
 
 
-def is_misplaced_statement(error: DBAPIError) -> bool:
+def is_misplaced_statement(error: BaseException) -> bool:
     """Tell whether a pooler sent a prepared statement to another server than it was prepared on."""
     return _sqlstate(error) in MISPLACED_STATEMENT
 

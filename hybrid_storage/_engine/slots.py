@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import (
     AbstractContextManager,
     asynccontextmanager,
-    contextmanager,
     nullcontext,
     suppress,
 )
@@ -24,10 +23,7 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 from anyio import CapacityLimiter, WouldBlock, move_on_after
 from sqlalchemy import Connection, Engine, Pool
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import AssertionPool, QueuePool, StaticPool
-
-from .errors import is_of_the_wrong_server
 
 Bind: TypeAlias = Engine | Connection
 
@@ -108,23 +104,6 @@ class PoolState:
         size = bind.pool.size()
         held = bind.pool.checkedout() - (0 if by_calls_too else len(self.of_calls))
         return 0 < size <= held
-
-    @contextmanager
-    def lending(self, connection: Connection) -> Iterator[None]:
-        """Count a connection as a call's, and give it up if its server takes no writes.
-
-        Or else the pool would hand it out again and again: the old primary of a failover may keep
-        its connections, and a proxy those to it.
-        """
-        self.of_calls.add(connection)
-        try:
-            yield
-        except DBAPIError as error:
-            if is_of_the_wrong_server(error):
-                connection.invalidate(error)
-            raise
-        finally:
-            self.of_calls.discard(connection)
 
 
 # No state refers to its event loop or its pool: it goes when nobody else has them.
