@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from psutil import Process, pid_exists
+from psutil import NoSuchProcess, Process, pid_exists
 
 _NAME = "hs"  # names of interfaces have 15 characters at most
 PATIENCE = 60
@@ -197,9 +197,10 @@ def _inside(name: str, user: str) -> list[str]:
 
 
 def _name(process: Process) -> str:
-    with suppress(Exception):  # it has ended meanwhile
-        return process.name()
-    return ""
+    try:
+        return str(process.name())
+    except NoSuchProcess:  # it has ended meanwhile
+        return ""
 
 
 def _ip(*arguments: str) -> None:
