@@ -35,7 +35,7 @@ MISSING = [name for name, found in _NEEDED.items() if not found]
 _USER = "postgres"
 _REST, _SQL, _ETCD, _PEERS = 8008, 5432, 2379, 2380  # ports
 _CHECK = ["option httpchk OPTIONS /primary", "http-check expect status 200"]
-_TIMES = {"ttl": 20, "loop_wait": 1, "retry_timeout": 3}
+_TIMES: dict[str, object] = {"ttl": 20, "loop_wait": 1, "retry_timeout": 3}
 """Seconds: the shortest that Patroni documents. A leader that is lost is replaced after ttl."""
 _CLOSE = 1 << 20  # bytes that a replica may lag behind
 _SETTINGS = {
@@ -63,10 +63,9 @@ class Patroni:
 
     def start(self, host: Host) -> None:
         """Start what does not run on a host: etcd, and Patroni with its PostgreSQL."""
-        running = {process.name() for process in host.processes("etcd", "patroni")}
-        if "etcd" not in running:
+        if not host.processes("etcd"):
             self._processes.append(host.start("etcd", *self._etcd_options(host), user=_USER))
-        if "patroni" not in running:
+        if not host.processes("patroni"):
             settings = host.folder / "patroni.yml"
             settings.write_text(json.dumps(self._settings(host)))  # JSON is YAML
             self._processes.append(host.start("patroni", str(settings), user=_USER))
