@@ -35,9 +35,6 @@ MISSING = [name for name, found in _NEEDED.items() if not found]
 _USER = "postgres"
 _REST, _SQL, _ETCD, _PEERS = 8008, 5432, 2379, 2380  # ports
 _CHECK = ["option httpchk OPTIONS /primary", "http-check expect status 200"]
-_TIMES: dict[str, object] = {"ttl": 20, "loop_wait": 1, "retry_timeout": 3}
-"""Seconds: the shortest that Patroni documents. A leader that is lost is replaced after ttl."""
-_CLOSE = 1 << 20  # bytes that a replica may lag behind
 _SETTINGS = {
     "max_connections": 300,
     "shared_buffers": "32MB",
@@ -45,6 +42,15 @@ _SETTINGS = {
     "wal_receiver_timeout": "5s",
     "wal_sender_timeout": "5s",
 }
+_CONFIGURATION: dict[str, object] = {
+    # Seconds, the shortest that Patroni documents. A lost leader is replaced after ttl.
+    "ttl": 20,
+    "loop_wait": 1,
+    "retry_timeout": 3,
+    "synchronous_mode": True,
+    "postgresql": {"use_pg_rewind": True, "parameters": _SETTINGS},
+}
+_CLOSE = 1 << 20  # bytes that a replica may lag behind
 
 
 class Patroni:
@@ -180,11 +186,7 @@ class Patroni:
             },
             _api(): {"hosts": [f"{each.address}:{_ETCD}" for each in self.hosts]},
             "bootstrap": {
-                "dcs": {
-                    **_TIMES,
-                    "synchronous_mode": True,
-                    "postgresql": {"use_pg_rewind": True, "parameters": _SETTINGS},
-                },
+                "dcs": _CONFIGURATION,
                 "initdb": [{"encoding": "UTF8"}, {"locale": "C.UTF-8"}, {"auth": "trust"}],
             },
             "postgresql": {
