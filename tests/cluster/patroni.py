@@ -16,6 +16,7 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 from chaos.proxy import free_port
+from chaos.servers import PGBOUNCER
 from sqlalchemy import URL
 
 from .haproxy import HAPROXY, haproxy
@@ -26,6 +27,7 @@ _NEEDED = {
     "patroni": shutil.which("patroni"),
     "etcd": shutil.which("etcd"),
     "haproxy": HAPROXY,
+    "pgbouncer": PGBOUNCER,
     "postgresql": _POSTGRES,
     "iproute2, as root": can_have_hosts(),
 }

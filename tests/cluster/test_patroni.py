@@ -16,7 +16,7 @@ import pytest
 from chaos.drivers import BEHIND_PGBOUNCER, DRIVERS, TIMEOUTS, Options
 from chaos.outcome import Outcome
 from chaos.scenario import Scenario
-from chaos.servers import PGBOUNCER, Server, pgbouncer
+from chaos.servers import Server, pgbouncer
 from sqlalchemy import URL
 
 from .conftest import SHORT
@@ -143,9 +143,8 @@ def run(
             fault(cluster, probe)
             probe.wait()
             cluster.wait_until_whole(synchronous)
-    return scenario.judge(
-        cluster.url, faults, may_lose, **{"the cluster took none for, s": round(probe.longest, 2)}
-    )
+    outage = round(probe.longest, 2)
+    return scenario.judge(cluster.url, faults, may_lose, **{"outage itself, s": outage})
 
 
 @pytest.mark.parametrize("fault", [switchover, replica_lost, rolling_restart])
@@ -196,7 +195,7 @@ def test_patroni_asynchronous(scenario: Scenario, cluster: Patroni) -> None:
     assert outcome.lost
 
 
-@pytest.mark.parametrize("fault", [switchover, leader_killed] if PGBOUNCER else [])
+@pytest.mark.parametrize("fault", [switchover, leader_killed])
 def test_patroni_behind_pgbouncer(
     scenario: Scenario, cluster: Patroni, pooler: Server, fault: Fault
 ) -> None:
