@@ -59,6 +59,7 @@ class Scenario(Crew):
                 "lost": len(set(outcome.lost)),  # one that is missed is missed at every look
                 "half": len(outcome.halves),
                 "two holders": len(outcome.overlaps),
+                "locks lost": outcome.fenced,
                 "errors": len(outcome.errors),
                 "longest wait, s": round(outcome.longest, 2),
                 **figures,

@@ -58,7 +58,8 @@ def haproxy(
     settings.write_text(text)
     with (folder / "haproxy.log").open("ab") as log:
         process = subprocess.Popen(
-            [HAPROXY, "-db", "-f", str(settings)],
+            # On no host of its own, it is not found by the next run if this one is killed.
+            ["setpriv", "--pdeathsig", "KILL", HAPROXY, "-db", "-f", str(settings)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
