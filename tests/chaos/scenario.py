@@ -65,10 +65,10 @@ class Scenario(Crew):
                 **figures,
             },
         )
-        assert may_lose or outcome.lost == []
+        assert may_lose or outcome.lost == [], outcome.lost
         assert outcome.halves == []
         assert may_lose or outcome.overlaps == []
-        assert outcome.errors == []
+        assert outcome.errors == [], outcome.errors
         assert outcome.left == []
         assert outcome.acknowledged > 0
         assert faults > 0
