@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from subprocess import Popen
 
 import pymysql
+from chaos.proxy import free_port
 from sqlalchemy import URL
 
+from .haproxy import HAPROXY, haproxy
 from .hosts import PATIENCE, Host, can_have_hosts, wait_for
 
 _MARIADBD = shutil.which("mariadbd")
@@ -27,12 +29,17 @@ _PROVIDER = next(
     ),
     None,
 )
-IS_INSTALLED = bool(_MARIADBD and _INSTALL and _PROVIDER and shutil.which("rsync"))
+_CHECK = Path(__file__).with_name("galera_check.py")
+CAN_RUN = bool(
+    all((_MARIADBD, _INSTALL, _PROVIDER, shutil.which("rsync"), HAPROXY)) and can_have_hosts()
+)
+"""Whether all that it takes is here."""
 PORT = 3306
 CHECK_PORT = 9200
 """Where a node says by HTTP whether it can be written to; the usual port for that."""
 DATABASE = "test"
-_ROOT = "root"
+_ROOT = "root"  # of the database
+_USER = "mysql"  # of the system: rsync's daemon gives up what root may do
 _NAME = "mariadbd"  # as the system knows it
 _POSITION = re.compile(r"Recovered position: \S+:(-?\d+)")
 
@@ -50,13 +57,14 @@ class Node:
         self.host = host
         self.address = host.address
         self._data = host.folder / "data"
+        self._process: Popen[bytes] | None = None
         addresses = ",".join(other.address for other in others)
         self._options = {
             "datadir": str(self._data),
             "socket": str(host.folder / "socket"),
             "port": str(PORT),
             "bind-address": "0.0.0.0",
-            "user": _ROOT,
+            "user": _USER,
             "innodb-buffer-pool-size": "32M",
             "innodb-log-file-size": "16M",
             "innodb-autoinc-lock-mode": "2",
@@ -74,14 +82,15 @@ class Node:
             **{name.replace("_", "-"): value for name, value in options.items()},
         }
 
-    def install(self) -> None:
+    def _install(self) -> None:
         """Make an empty database, whose ``root`` needs no password."""
         assert _INSTALL is not None
+        self.forget()
         self.host.run(
             _INSTALL,
             "--no-defaults",
             f"--datadir={self._data}",
-            f"--user={_ROOT}",
+            f"--user={_USER}",
             "--auth-root-authentication-method=normal",
             "--skip-name-resolve",
             "--innodb-log-file-size=16M",
@@ -100,30 +109,33 @@ class Node:
         :param first: whether to begin the cluster, as the others are to join it
         """
         new = ["--wsrep-new-cluster"] * first
-        self.host.start(*self._command(), *new, *options)
+        self._process = self.host.start(*self._command(), *new, *options, user=_USER)
 
     def start_new(self) -> None:
         """Begin a cluster with an empty database."""
-        self.install()
+        self._install()
         self.start(f"--init-file={self.host.folder / 'init.sql'}", first=True)
 
     def forget(self) -> None:
         """Throw away all data: the node has to copy a donor's."""
-        shutil.rmtree(self._data)
+        if self._data.exists():
+            shutil.rmtree(self._data)
         self._data.mkdir()
+        shutil.chown(self._data, _USER)
 
     def shut_down(self) -> None:
         """End it in good order, and wait until it has ended."""
         self.host.signal(signal.SIGTERM, _NAME)
-        wait_for(lambda: not self.host.processes(_NAME), f"{self.address} shuts down")
+        self._wait()
 
     def kill(self) -> None:
         """End it with SIGKILL, and wait until it has ended."""
         self.host.kill(_NAME)
+        self._wait()
 
     def position(self) -> int:
         """Return up to which write set a server that has been killed has all."""
-        log = self.host.run("sh", "-c", f"{' '.join(self._command())} --wsrep-recover 2>&1 || true")
+        log = self.host.run("sh", "-c", f"{' '.join(self._command())} --wsrep-recover 2>&1 || true", user=_USER)
         found = _POSITION.findall(log)
         return int(found[-1]) if found else -1
 
@@ -141,6 +153,10 @@ class Node:
                 return str(row[1]) if row else ""
         return ""
 
+    def is_running(self) -> bool:
+        """Tell whether its process is there."""
+        return self._process is not None and self._process.poll() is None
+
     def is_synced(self) -> bool:
         """Tell whether it is part of the cluster, and has all that it is to have."""
         return (
@@ -155,7 +171,98 @@ class Node:
             **{"host": self.address, "port": PORT, "user": _ROOT, **timeouts, **options}
         )
 
+    def _wait(self) -> None:
+        if self._process is not None:
+            self._process.wait(PATIENCE)
+            self._process = None
+
     def _command(self) -> list[str]:
         assert _MARIADBD is not None
         options = [f"--{name}={value}" for name, value in self._options.items()]
         return [_MARIADBD, "--no-defaults", "--skip-name-resolve", *options]
+
+
+class Galera:
+    """A cluster of three nodes, and HAProxy before it."""
+
+    def __init__(self, hosts: Sequence[Host]) -> None:
+        """Store where to run it.
+
+        :param hosts: of the nodes
+        """
+        self.nodes = [Node(host, hosts) for host in hosts]
+        self.one_writer = free_port()
+        """The port of this machine behind which one node is written to, and others only after it."""
+        self.all_nodes = free_port()
+        """The port behind which all nodes are written to, in turn."""
+
+    @contextmanager
+    def running(self, folder: Path) -> Iterator[Galera]:
+        """Run it until the end of the context.
+
+        :param folder: an empty folder for HAProxy
+        """
+        checks: list[Popen[bytes]] = []
+        try:
+            for node in self.nodes:
+                checks.append(node.host.start(sys.executable, str(_CHECK), str(CHECK_PORT), str(PORT)))
+            self._begin()
+            with haproxy(folder, self._ports(), ["option httpchk"], f"port {CHECK_PORT}"):
+                yield self
+        finally:
+            for node in self.nodes:
+                node.kill()
+            for check in checks:
+                check.kill()
+                check.wait()
+
+    def _begin(self) -> None:
+        first, *others = self.nodes
+        first.start_new()
+        wait_for(first.is_synced, "the first node begins a cluster")
+        for node in others:
+            node.forget()
+            node.start()
+            wait_for(node.is_synced, f"{node.address} joins")
+
+    def _ports(self) -> dict[int, list[str]]:
+        first, *others = [f"{node.address}:{PORT}" for node in self.nodes]
+        return {
+            # Once the first node is back, nobody is to go on at another.
+            self.one_writer: [
+                f"{first} on-marked-up shutdown-backup-sessions",
+                *(f"{address} backup" for address in others),
+            ],
+            self.all_nodes: [first, *others],
+        }
+
+    def writer(self) -> Node:
+        """Return the node that is written to behind the port of one writer."""
+        connection = pymysql.connect(host="127.0.0.1", port=self.one_writer, user=_ROOT)
+        with closing(connection), connection.cursor() as cursor:
+            cursor.execute("SELECT @@wsrep_node_address")
+            (address,) = cursor.fetchone() or ("",)
+        return next(node for node in self.nodes if node.address == address)
+
+    def heal(self) -> None:
+        """Start what has ended, and wait until all nodes are synced."""
+        running = [node for node in self.nodes if node.is_running()]
+        if not running:
+            self._recover()
+        for node in self.nodes:
+            if not node.is_running():
+                node.start()
+        for node in self.nodes:
+            wait_for(node.is_synced, f"{node.address} comes back")
+
+    def _recover(self) -> None:
+        # One that began with less would have the others throw away what was acknowledged.
+        first = max(self.nodes, key=Node.position)
+        first.lets_bootstrap()
+        first.start(first=True)
+        wait_for(first.is_synced, "the most advanced node begins a cluster")
+
+
+def url(port: int, address: str = "127.0.0.1") -> URL:
+    """Return the URL of the tests' database."""
+    return URL.create("mysql+pymysql", _ROOT, None, address, port, DATABASE)
