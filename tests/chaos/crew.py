@@ -89,10 +89,13 @@ class Crew:
         last = max((event[3] for event in events(job.journal) if event[0] == "try"), default=0)
         self._members[n] = _started(replace(job, first=last + 1))
 
-    def at_work(self) -> Iterator[None]:
-        """Yield for each fault to inject, before and after which everybody writes something."""
+    def at_work(self, seconds: float = SECONDS) -> Iterator[None]:
+        """Yield for each fault to inject, before and after which everybody writes something.
+
+        :param seconds: after which there are no more faults; there is always one
+        """
         self._work_on()
-        end = time.monotonic() + SECONDS
+        end = time.monotonic() + seconds
         while True:
             yield
             self._work_on()

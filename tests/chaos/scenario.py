@@ -36,11 +36,14 @@ class Scenario(Crew):
         self.name = name
         self._report = report
 
-    def judge(self, url: URL, faults: int | None = None, **figures: object) -> Outcome:
+    def judge(
+        self, url: URL, faults: int | None = None, may_lose: bool = False, **figures: object
+    ) -> Outcome:
         """Print the figures, and fail if anything went wrong.
 
         :param url: the database, with a synchronous driver
         :param faults: how many there were; by default the calls that were cancelled
+        :param may_lose: whether what was acknowledged, locks included, may be lost
         :param figures: more to print
         :return: what came of it
         """
@@ -53,7 +56,7 @@ class Scenario(Crew):
                 "of them updates": outcome.updates,
                 "faults": faults,
                 "calls made again": outcome.retried,
-                "lost": len(outcome.lost),
+                "lost": len(set(outcome.lost)),  # one that is missed is missed at every look
                 "half": len(outcome.halves),
                 "two holders": len(outcome.overlaps),
                 "errors": len(outcome.errors),
@@ -61,9 +64,9 @@ class Scenario(Crew):
                 **figures,
             },
         )
-        assert outcome.lost == []
+        assert may_lose or outcome.lost == []
         assert outcome.halves == []
-        assert outcome.overlaps == []
+        assert may_lose or outcome.overlaps == []
         assert outcome.errors == []
         assert outcome.left == []
         assert outcome.acknowledged > 0

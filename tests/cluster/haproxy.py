@@ -1,4 +1,4 @@
-"""HAProxy on this machine, before the nodes of a cluster: it connects to those that pass its check."""
+"""HAProxy on this machine, before a cluster: it connects to the nodes that pass its check."""
 
 from __future__ import annotations
 

@@ -1,0 +1,50 @@
+"""Clusters to break."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from chaos.scenario import report, scenario
+
+from .patroni import MISSING, Patroni, patroni
+
+__all__ = ["report", "scenario"]  # fixtures
+
+SHORT = os.environ.get("HYBRID_STORAGE_CLUSTER") == "short"
+
+# Left out, rather than skipped, where something is missing.
+collect_ignore = ["test_patroni.py"] if MISSING else []
+
+
+def pytest_report_header() -> list[str]:
+    """Say what is left out."""
+    return [
+        "cluster: " + ("one fault of each kind" if SHORT else "several faults of each kind"),
+        "Patroni: "
+        + (
+            f"{', '.join(MISSING)} not found, its scenarios are left out; see install.sh"
+            if MISSING
+            else "installed"
+        ),
+    ]
+
+
+@pytest.fixture(scope="session")
+def folder() -> Iterator[Path]:
+    """Return a folder for all data, which is removed at the end."""
+    with TemporaryDirectory(prefix="cluster-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)  # the servers run as users of their own
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def patroni_cluster(folder: Path) -> Iterator[Patroni]:
+    """Return a PostgreSQL cluster, which has to be left whole and in synchronous mode."""
+    (folder / "patroni").mkdir()
+    with patroni(folder / "patroni") as cluster:
+        yield cluster
