@@ -17,23 +17,26 @@ from chaos.proxy import free_port
 from sqlalchemy import URL
 
 from .haproxy import HAPROXY, haproxy
-from .hosts import PATIENCE, Host, can_have_hosts, wait_for
+from .hosts import PATIENCE, Host, can_have_hosts, hosts, wait_for
 
 _MARIADBD = shutil.which("mariadbd")
 _INSTALL = shutil.which("mariadb-install-db")
-_PROVIDER = next(
-    (
-        path
-        for path in (Path("/usr/lib/galera/libgalera_smm.so"), Path("/usr/lib64/galera-4/libgalera_smm.so"))
-        if path.exists()
-    ),
-    None,
-)
+_PROVIDERS = [
+    Path("/usr/lib/galera/libgalera_smm.so"),  # Debian
+    Path("/usr/lib64/galera-4/libgalera_smm.so"),  # Red Hat
+]
+_PROVIDER = next((path for path in _PROVIDERS if path.exists()), None)
 _CHECK = Path(__file__).with_name("galera_check.py")
-CAN_RUN = bool(
-    all((_MARIADBD, _INSTALL, _PROVIDER, shutil.which("rsync"), HAPROXY)) and can_have_hosts()
-)
-"""Whether all that it takes is here."""
+_NEEDED = {
+    "mariadbd": _MARIADBD,
+    "mariadb-install-db": _INSTALL,
+    "galera-4": _PROVIDER,
+    "rsync": shutil.which("rsync"),
+    "haproxy": HAPROXY,
+    "root and the ip command": can_have_hosts(),
+}
+MISSING = [name for name, found in _NEEDED.items() if not found]
+"""What a cluster would take and is not here."""
 PORT = 3306
 CHECK_PORT = 9200
 """Where a node says by HTTP whether it can be written to; the usual port for that."""
@@ -77,7 +80,6 @@ class Node:
             "wsrep-node-address": host.address,
             "wsrep-node-name": host.name,
             "wsrep-sst-method": "rsync",
-            "wsrep-slave-threads": "4",
             "wsrep-provider-options": "gcache.size=32M",
             **{name.replace("_", "-"): value for name, value in options.items()},
         }
@@ -152,6 +154,20 @@ class Node:
                 row = cursor.fetchone()
                 return str(row[1]) if row else ""
         return ""
+
+    def conflicts(self) -> int:
+        """Return how many of its transactions lost to those of other nodes."""
+        names = "wsrep_local_cert_failures", "wsrep_local_bf_aborts"
+        return sum(int(self.status(name)) for name in names)
+
+    def checksum(self, table: str) -> object:
+        """Return a sum of what a table holds, once all is there that others have committed."""
+        with closing(self.connection()) as connection, connection.cursor() as cursor:
+            cursor.execute("SET SESSION wsrep_sync_wait = 15")
+            cursor.execute("SHOW GLOBAL STATUS LIKE 'wsrep_last_committed'")
+            cursor.execute("SELECT 1")
+            cursor.execute(f"CHECKSUM TABLE {DATABASE}.{table}")
+            return cursor.fetchone()
 
     def is_running(self) -> bool:
         """Tell whether its process is there."""
@@ -244,6 +260,10 @@ class Galera:
             (address,) = cursor.fetchone() or ("",)
         return next(node for node in self.nodes if node.address == address)
 
+    def others(self, node: Node) -> list[Node]:
+        """Return all nodes but one."""
+        return [each for each in self.nodes if each is not node]
+
     def heal(self) -> None:
         """Start what has ended, and wait until all nodes are synced."""
         running = [node for node in self.nodes if node.is_running()]
@@ -261,6 +281,16 @@ class Galera:
         first.lets_bootstrap()
         first.start(first=True)
         wait_for(first.is_synced, "the most advanced node begins a cluster")
+
+
+@contextmanager
+def galera(folder: Path) -> Iterator[Galera]:
+    """Run a cluster until the end of the context.
+
+    :param folder: an empty folder for its files, which any user may enter
+    """
+    with hosts(3, folder) as three, Galera(three).running(folder) as cluster:
+        yield cluster
 
 
 def url(port: int, address: str = "127.0.0.1") -> URL:
