@@ -6,11 +6,11 @@ import re
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from subprocess import Popen
+from typing import Any
 
 import pymysql
 from chaos.proxy import free_port
@@ -137,7 +137,8 @@ class Node:
 
     def position(self) -> int:
         """Return up to which write set a server that has been killed has all."""
-        log = self.host.run("sh", "-c", f"{' '.join(self._command())} --wsrep-recover 2>&1 || true", user=_USER)
+        command = f"{' '.join(self._command())} --wsrep-recover 2>&1 || true"
+        log = self.host.run("sh", "-c", command, user=_USER)
         found = _POSITION.findall(log)
         return int(found[-1]) if found else -1
 
@@ -148,11 +149,9 @@ class Node:
 
     def status(self, name: str) -> str:
         """Return one of the server's status variables, an empty string if it does not answer."""
-        with suppress(pymysql.Error, OSError), closing(self.connection()) as connection:
-            with connection.cursor() as cursor:
-                cursor.execute("SHOW GLOBAL STATUS LIKE %s", (name,))
-                row = cursor.fetchone()
-                return str(row[1]) if row else ""
+        with suppress(pymysql.Error, OSError):
+            row = self.read("SHOW GLOBAL STATUS LIKE %s", name)
+            return str(row[1]) if row else ""
         return ""
 
     def conflicts(self) -> int:
@@ -162,12 +161,8 @@ class Node:
 
     def checksum(self, table: str) -> object:
         """Return a sum of what a table holds, once all is there that others have committed."""
-        with closing(self.connection()) as connection, connection.cursor() as cursor:
-            cursor.execute("SET SESSION wsrep_sync_wait = 15")
-            cursor.execute("SHOW GLOBAL STATUS LIKE 'wsrep_last_committed'")
-            cursor.execute("SELECT 1")
-            cursor.execute(f"CHECKSUM TABLE {DATABASE}.{table}")
-            return cursor.fetchone()
+        wait = "SET SESSION wsrep_sync_wait = 15"
+        return self.read(f"CHECKSUM TABLE {DATABASE}.{table}", init_command=wait)
 
     def is_running(self) -> bool:
         """Tell whether its process is there."""
@@ -180,7 +175,17 @@ class Node:
             and self.status("wsrep_cluster_status") == "Primary"
         )
 
-    def connection(self, **options: object) -> pymysql.Connection:
+    def read(self, statement: str, *parameters: str, **options: Any) -> tuple[Any, ...] | None:
+        """Return the first row of an answer.
+
+        :param options: of the connection
+        """
+        with closing(self.connection(**options)) as connection, connection.cursor() as cursor:
+            cursor.execute(statement, parameters)
+            row: tuple[Any, ...] | None = cursor.fetchone()
+            return row
+
+    def connection(self, **options: Any) -> pymysql.Connection:
         """Connect to this node alone."""
         timeouts = {"connect_timeout": 2, "read_timeout": 2, "write_timeout": 2}
         return pymysql.connect(
@@ -208,7 +213,7 @@ class Galera:
         """
         self.nodes = [Node(host, hosts) for host in hosts]
         self.one_writer = free_port()
-        """The port of this machine behind which one node is written to, and others only after it."""
+        """The port of this machine behind which one node is written to, others only after it."""
         self.all_nodes = free_port()
         """The port behind which all nodes are written to, in turn."""
 
@@ -221,16 +226,18 @@ class Galera:
         checks: list[Popen[bytes]] = []
         try:
             for node in self.nodes:
-                checks.append(node.host.start(sys.executable, str(_CHECK), str(CHECK_PORT), str(PORT)))
+                checks.append(
+                    node.host.start(sys.executable, str(_CHECK), str(CHECK_PORT), str(PORT))
+                )
             self._begin()
             with haproxy(folder, self._ports(), ["option httpchk"], f"port {CHECK_PORT}"):
                 yield self
         finally:
             for node in self.nodes:
                 node.kill()
-            for check in checks:
-                check.kill()
-                check.wait()
+            for process in checks:
+                process.kill()
+                process.wait()
 
     def _begin(self) -> None:
         first, *others = self.nodes

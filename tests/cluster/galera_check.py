@@ -1,6 +1,6 @@
 """Answers by HTTP whether the Galera node of its host may be written to: for HAProxy's check.
 
-Started on the host of each node, beside the server, as ``python galera_check.py PORT SERVERS_PORT``.
+Started on the host of each node, beside the server, with its own port and the server's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Check(BaseHTTPRequestHandler):
 
     server_port: int
 
-    def do_OPTIONS(self) -> None:  # noqa: N802 (http.server calls it so)
+    def do_OPTIONS(self) -> None:
         """Answer HAProxy."""
         try:
             is_fine = self._is_synced()

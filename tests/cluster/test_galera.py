@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from chaos.drivers import DRIVERS, TIMEOUTS
@@ -81,7 +82,7 @@ def entry(cluster: Galera, layout: str) -> URL:
     return url(cluster.one_writer if layout == _ONE else cluster.all_nodes)
 
 
-def judge(scenario: Scenario, cluster: Galera, faults: int, **figures: object) -> Outcome:
+def judge(scenario: Scenario, cluster: Galera, faults: int, **figures: Any) -> Outcome:
     """Judge by what one of the nodes holds, and see that all hold the same."""
     node = cluster.nodes[-1]
     at_node = url(PORT, node.address).set(query={"init_command": WAITS})
