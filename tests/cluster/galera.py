@@ -149,10 +149,10 @@ class Node:
 
     def status(self, name: str) -> str:
         """Return one of the server's status variables, an empty string if it does not answer."""
+        row = None
         with suppress(pymysql.Error, OSError):
             row = self.read("SHOW GLOBAL STATUS LIKE %s", name)
-            return str(row[1]) if row else ""
-        return ""
+        return str(row[1]) if row else ""
 
     def conflicts(self) -> int:
         """Return how many of its transactions lost to those of other nodes."""
@@ -178,10 +178,7 @@ class Node:
         )
 
     def read(self, statement: str, *parameters: str, **options: Any) -> tuple[Any, ...] | None:
-        """Return the first row of an answer.
-
-        :param options: of the connection
-        """
+        """Return the first row of an answer."""
         with closing(self.connection(**options)) as connection, connection.cursor() as cursor:
             cursor.execute(statement, parameters)
             row: tuple[Any, ...] | None = cursor.fetchone()
@@ -209,10 +206,7 @@ class Galera:
     """A cluster of three nodes, and HAProxy before it."""
 
     def __init__(self, hosts: Sequence[Host]) -> None:
-        """Store where to run it.
-
-        :param hosts: of the nodes
-        """
+        """Store on which hosts to run it."""
         self.nodes = [Node(host, hosts) for host in hosts]
         self.one_writer = free_port()
         """The port of this machine behind which one node is written to, others only after it."""
@@ -221,10 +215,7 @@ class Galera:
 
     @contextmanager
     def running(self, folder: Path) -> Iterator[Galera]:
-        """Run it until the end of the context.
-
-        :param folder: an empty folder for HAProxy
-        """
+        """Run it until the end of the context, HAProxy in an empty folder."""
         checks: list[Popen[bytes]] = []
         try:
             for node in self.nodes:
@@ -275,14 +266,17 @@ class Galera:
 
     def heal(self) -> None:
         """Start what has ended, and wait until all nodes are synced."""
-        running = [node for node in self.nodes if node.is_running()]
-        if not running:
+        if not any(node.is_running() for node in self.nodes):
             self._recover()
         for node in self.nodes:
             if not node.is_running():
                 node.start()
-        for node in self.nodes:
-            wait_for(node.is_synced, f"{node.address} comes back")
+        # One that was stopped believes to be a member until it hears from the others.
+        wait_for(lambda: all(map(self._is_whole, self.nodes)), "all nodes come back")
+
+    def _is_whole(self, node: Node) -> bool:
+        size = str(len(self.nodes))
+        return node.is_synced() and node.status("wsrep_cluster_size") == size
 
     def _recover(self) -> None:
         # One that began with less would have the others throw away what was acknowledged.
