@@ -275,8 +275,7 @@ class Galera:
         wait_for(lambda: all(map(self._is_whole, self.nodes)), "all nodes come back")
 
     def _is_whole(self, node: Node) -> bool:
-        size = str(len(self.nodes))
-        return node.is_synced() and node.status("wsrep_cluster_size") == size
+        return node.is_synced() and node.status("wsrep_cluster_size") == str(len(self.nodes))
 
     def _recover(self) -> None:
         # One that began with less would have the others throw away what was acknowledged.
