@@ -90,7 +90,6 @@ ENGINES: dict[str, Engine] = {
             **all_of(f"{COCKROACHDB}/sql-feature-support", *OF_POSTGRESQL),
             **all_of(f"{COCKROACHDB}/select-for-update", "FOR UPDATE", "FOR UPDATE in WITH"),
             "SKIP LOCKED": "cockroachdb/docs issue 14770: since 22.2",
-            "set_config()": f"{COCKROACHDB}/functions-and-operators",
         },
         {
             # Not sent: its dialect has a name of its own.
@@ -103,7 +102,6 @@ ENGINES: dict[str, Engine] = {
             **all_of(f"{YUGABYTEDB}/api/ysql: PostgreSQL's own parser", *OF_POSTGRESQL, *IN_ONE),
             **all_of(f"{YUGABYTEDB}/explore/transactions/explicit-locking", "SKIP LOCKED"),
             "several writes to one table": f"{YUGABYTEDB}/api/ysql: PostgreSQL's own planner",
-            "set_config()": f"{YUGABYTEDB}/api/ysql",
         },
     ),
     "Aurora DSQL": Engine(
@@ -126,7 +124,6 @@ ENGINES: dict[str, Engine] = {
             "SKIP LOCKED": ("not in its list of supported SQL", ["lease", ISOLATED[2]]),
             "FOR UPDATE in WITH": ("not in its list of supported SQL", ["lease", ISOLATED[2]]),
             "SET LOCAL lock_timeout": ("not in its list of supported SQL", IN_TRANSACTIONS),
-            "set_config()": ("not in its list of supported SQL", [ISOLATED[2]]),
         },
         {"name": "auroradsql"},
     ),
