@@ -24,6 +24,8 @@ from .measure import SMOKE, Run, Scale
 from .plots import draw, draw_updates
 from .report import ratios, tables
 from .results import Results
+from .scaling import scaling
+from .scaling_report import scaling_answers, scaling_tables
 from .updates import updates
 
 SECTIONS: dict[str, Callable[[Run], Coroutine[Any, Any, None]]] = {
@@ -34,7 +36,10 @@ SECTIONS: dict[str, Callable[[Run], Coroutine[Any, Any, None]]] = {
     "rows": Run.rows,
     "data": Run.data,
     "memory": Run.memory,
+    "scaling": scaling,
 }
+ALONE = ("scaling",)
+"""Measured only where it is named: it takes long, and compares with nobody."""
 SERVERS = ("postgresql", "sqlite", "mysql", "redis")
 DOCS = Path(__file__).parent.parent / "docs"
 BEGIN, END = "<!-- figures: written by python -m benchmarks -->\n", "<!-- end of the figures -->\n"
@@ -60,7 +65,9 @@ def main() -> None:
     else:
         results = asyncio.run(_measure(options, console))
     results.save(options.out / "results.json")
-    shown = list(tables(results))
+    shown = list(tables(results)) if results.cells or results.trips else []
+    if results.scaling:
+        shown += [*scaling_answers(results), *scaling_tables(results)]
     for table in shown:
         table.show(console)
     (options.out / "tables.md").write_text("\n\n".join(table.markdown() for table in shown) + "\n")
@@ -68,6 +75,7 @@ def main() -> None:
     console.print(f"Written to {options.out}: results.json, tables.md,", *(f.name for f in files))
     if options.write_docs:
         _write_docs(results)
+        _write_scaling(results)
 
 
 def _options() -> argparse.Namespace:
@@ -100,10 +108,13 @@ async def _measure(options: argparse.Namespace, console: Console) -> Results:
     chosen = {
         "rounds": options.rounds,
         "update_rounds": options.rounds,
+        "scaling_rounds": options.rounds,
         "tasks": options.tasks,
     }
     scale = replace(scale, **{name: value for name, value in chosen.items() if value})
-    sections = [name for name in SECTIONS if name in options.only] or list(SECTIONS)
+    sections = [name for name in SECTIONS if name in options.only] or [
+        name for name in SECTIONS if name not in ALONE
+    ]
     databases = [name for name in SERVERS if name in options.only]
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     taking_part = [
@@ -134,13 +145,23 @@ def _environment(scale: Scale) -> dict[str, str]:
     return {
         "Python": platform.python_version(),
         "CPUs": str(os.cpu_count()),
+        "processor": _processor(),
         "load at the end": " ".join(f"{load:.1f}" for load in os.getloadavg()),
         "rounds": str(scale.rounds),
         **{name: version(name) for name in PACKAGES},
     }
 
 
+def _processor() -> str:
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text().splitlines() if known.exists() else []
+    names = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
 def _write_docs(results: Results) -> None:
+    if not results.cells:
+        return
     page = DOCS / "performance.md"
     head, _, rest = page.read_text().partition(BEGIN)
     _, _, tail = rest.partition(END)
@@ -156,6 +177,25 @@ def _write_docs(results: Results) -> None:
         parts.append(f"![{ALT[file.stem]}]({named.name})")
     parts.append(ratios(results).markdown())
     page.write_text(f"{head}{BEGIN}\n\n" + "\n\n".join(parts) + f"\n\n{END}{tail}")
+
+
+def _write_scaling(results: Results) -> None:
+    if not results.scaling:
+        return
+    page = DOCS / "scaling.md"
+    text = page.read_text()
+    made = ", ".join(f"{name} {value}" for name, value in results.environment.items()) + "."
+    measured = [table.markdown() for table in scaling_tables(results)]
+    for part, blocks in (
+        ("answers", [table.markdown() for table in scaling_answers(results)]),
+        ("figures", [f"{made} PostgreSQL from the wheel.", *measured]),
+    ):
+        head, begin, rest = text.partition(f"<!-- {part}: written by python -m benchmarks -->\n")
+        _, end, tail = rest.partition(f"<!-- end of the {part} -->\n")
+        text = f"{head}{begin}\n" + "\n\n".join(blocks) + f"\n\n{end}{tail}"
+    page.write_text(text)
+    figures = {"environment": results.environment, "scaling": results.scaling}
+    (DOCS / "scaling-figures.json").write_text(json.dumps(figures) + "\n")
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def running_servers() -> Iterator[Servers]:
     os.environ.setdefault("PGSSLMODE", "disable")  # on loopback; statements are read off the wire
     os.environ.setdefault("PGGSSENCMODE", "disable")
     named = os.environ.get("HYBRID_STORAGE_POSTGRES_URL")
-    with tempfile.TemporaryDirectory(dir=_place(), ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(dir=place(), ignore_cleanup_errors=True) as folder:
         servers = {"sqlite": URL.create("sqlite", database=folder), "memory": URL.create("memory")}
         mysql = make_url(
             os.environ.get("HYBRID_STORAGE_MYSQL_URL", "mysql://root@127.0.0.1:3306/test")
@@ -101,7 +101,7 @@ def running_servers() -> Iterator[Servers]:
             server.cleanup()
 
 
-def _place() -> str | None:
+def place() -> str | None:
     """Return a folder in memory if there is one: the disk, and who else uses it, is no matter."""
     memory = Path("/dev/shm")
     return str(memory) if memory.is_dir() and shutil.disk_usage(memory).free > 1 << 32 else None

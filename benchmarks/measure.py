@@ -42,6 +42,12 @@ class Scale:
     sizes: Sequence[int] = (100, 10_000, 1_000_000)
     memory: int = 1_000
     """Operations after which to look at the memory; the figures are for 10,000."""
+    storage_rows: int = 1_000
+    """Conversations of the tables whose growth is measured; four updates for each."""
+    scaling_rows: Sequence[int] = (10_000, 100_000, 1_000_000)
+    scaling_updates: int = 2_000
+    processes: Sequence[int] = (1, 4, 16, 64)
+    scaling_rounds: int = 3
 
 
 SMOKE = Scale(
@@ -55,6 +61,11 @@ SMOKE = Scale(
     rows=(10, 1000),
     sizes=(100, 10_000),
     memory=40,
+    storage_rows=20,
+    scaling_rows=(100, 1_000),
+    scaling_updates=40,
+    processes=(1, 2),
+    scaling_rounds=1,
 )
 
 Opened: TypeAlias = dict[str, BaseStorage]

@@ -56,6 +56,10 @@ class Results:
         """By contender and work: statements and round trips of an operation."""
         self.memory: dict[str, dict[str, float]] = {}
         """By contender, in KiB."""
+        self.scaling: dict[str, dict[str, dict[str, float]]] = defaultdict(
+            lambda: defaultdict(dict)
+        )
+        """By kind of measurement, then by what it was made of."""
 
     def settings(self, section: str) -> list[str]:
         """Return the settings that a section was measured in."""
@@ -111,6 +115,7 @@ class Results:
             "cells": records,
             "trips": self.trips,
             "memory": self.memory,
+            "scaling": self.scaling,
         }
         path.write_text(json.dumps(content, indent=1) + "\n")
 
@@ -127,6 +132,8 @@ class Results:
             }
         )
         results.memory = content["memory"]
+        for kind, measured in content.get("scaling", {}).items():
+            results.scaling[kind].update(measured)
         for record in content["cells"]:
             cell = Cell(record.pop("section"), record.pop("work"), record.pop("setting"))
             name = record.pop("contender")

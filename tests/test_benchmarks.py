@@ -108,3 +108,19 @@ def test_a_part_can_be_measured_alone(tmp_path: Path) -> None:
     assert {cell.section for cell in results.cells} == {"operations"}
     assert results.settings("operations") == ["1"]
     assert all("sqlite" in name for name in results.contenders("operations"))
+
+
+def test_what_scaling_costs_is_measured_where_it_is_named(tmp_path: Path) -> None:
+    printed = run("--smoke", "--only", "scaling", "--out", str(tmp_path))
+    scaling = Results.load(tmp_path / "results.json").scaling
+    assert set(scaling) == {"storage", "growth", "plans", "processes", "setting"}
+    assert list(scaling["processes"]) == ["1", "2"]
+    assert [row["connections"] for row in scaling["processes"].values()] == [2, 4]
+    # Bytes and HOT updates don't depend on the machine; with no index but the key's, they are HOT.
+    storage = scaling["storage"]
+    assert storage["fillfactor 50, autovacuum tuned"]["conversations: HOT"] > 0.9
+    assert storage["fillfactor 50, columns=True"]["conversations: HOT"] < 0.1
+    assert all(100 < row["wal"] < 20_000 for row in storage.values())
+    assert "Extrapolated" in printed
+    read = run("--read", str(tmp_path / "results.json"), "--out", str(tmp_path / "again"))
+    assert "Extrapolated" in read

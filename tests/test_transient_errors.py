@@ -204,6 +204,13 @@ async def idle_for_too_long(lab: Lab) -> None:
     await client.run("SELECT 1")
 
 
+async def idle_in_a_transaction_for_too_long(lab: Lab) -> None:
+    client = await lab.connect()
+    await client.run("SET idle_in_transaction_session_timeout = 50")
+    await anyio.sleep(0.5)
+    await client.run("SELECT 1")
+
+
 async def nobody_listens(lab: Lab) -> None:
     await lab.connect(connect_args={"host": "127.0.0.1", "port": free_port()})
 
@@ -337,7 +344,12 @@ OF_NETWORKS: list[Trouble] = [
 ]
 PASSING: dict[str, list[Trouble]] = {
     "sqlite": [busy, busy_at_the_commit, busy_snapshot, pool_exhausted],
-    "postgresql": [*OF_NETWORKS, no_socket, turned_read_only],
+    "postgresql": [
+        *OF_NETWORKS,
+        idle_in_a_transaction_for_too_long,
+        no_socket,
+        turned_read_only,
+    ],
     "mariadb": [*OF_NETWORKS, no_answer_to_a_statement],
     "asyncpg": [no_answer_to_a_statement],  # psycopg has no time-out for a statement
 }

@@ -9,9 +9,9 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from .calls import Call
+from .calls import Call, confirmation
 from .retries import warning_if_slow, with_retries
 from .runner import Runner
 from .scopes import Scope, ScopeClosed
@@ -43,7 +43,9 @@ class Access:
             if scope is not None:
                 with suppress(ScopeClosed):
                     return await scope.execute(call)
-            return await with_retries(partial(self.runner.execute, call), self.retry_for, call)
+            attempt = partial(self.runner.execute, call)
+            confirm = self.confirming(call) if call.writes else None
+            return await with_retries(attempt, self.retry_for, call, confirm)
 
     async def execute_apart(self, call: Call[T], retry_for: float | None = None) -> T:
         """Run a call outside of any transaction, unless that holds the one lock of a database."""
@@ -64,4 +66,9 @@ class Access:
                 with suppress(ScopeClosed):
                     return await scope.execute(call)
             seconds = self.retry_for if retry_for is None else retry_for
-            return await with_retries(attempt, seconds, call)
+            confirm = self.confirming(call) if call.writes else None
+            return await with_retries(attempt, seconds, call, confirm)
+
+    def confirming(self, call: Call[Any]) -> Callable[[], Awaitable[None]]:
+        """Return what to await when a write has been made again: see :func:`confirmation`."""
+        return partial(self.runner.execute, confirmation(call))

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
-from .errors import is_missing_column, is_missing_table
+from .errors import is_missing_column, is_missing_table, is_of_the_wrong_server
 
 T = TypeVar("T")
+
+_WRITE_TO_LOG = (
+    "SELECT CASE WHEN current_setting('synchronous_standby_names') <> '' "
+    "THEN CAST(pg_logical_emit_message(true, 'hybrid_storage', '') AS TEXT) END"
+)
 
 
 @dataclass(frozen=True)
@@ -55,3 +60,28 @@ class Call(Generic[T]):
                     "a migration; create_table() leaves a table that exists as it is"
                 )
             raise
+
+
+def confirmation(call: Call[Any]) -> Call[None]:
+    """Return a call that ends when what is committed by now is where commits have to be."""
+    return replace(call, function=_wait_for_standbys, writes=False, in_transaction=False)
+
+
+def _wait_for_standbys(connection: Connection) -> None:
+    """Have PostgreSQL's synchronous standbys receive what has been committed so far.
+
+    If the connection of a commit that waits for them is lost, or its client cancels it, only the
+    wait ends: the commit stays, and others see it, though no standby may have it. Another commit
+    waits for all before it, if it has written something; reading would not do.
+    """
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql(_WRITE_TO_LOG)
+
+
+def leave_wrong_server(connection: Connection, error: DBAPIError) -> None:
+    """Close a connection to a server that takes no writes: the pool is to find the one that does.
+
+    The old primary may go on as a standby, and the pool would give the connection out again.
+    """
+    if is_of_the_wrong_server(error) and not (connection.closed or connection.invalidated):
+        connection.invalidate(error)

@@ -1,8 +1,9 @@
 """What an error of the database means, whichever driver raised it.
 
-The one table of codes. PostgreSQL's drivers carry an SQLSTATE, MySQL's an error number, SQLite's a
-message. An attempt to connect is told by less: asyncpg lets ``OSError`` through, and psycopg has
-no SQLSTATE for what the server answered, in whatever language the server speaks.
+PostgreSQL's drivers carry an SQLSTATE, MySQL's an error number, SQLite's a message: which of them
+pass by themselves is in ``codes.py``. An attempt to connect is told by less: asyncpg lets
+``OSError`` through, and psycopg has no SQLSTATE for what the server answered, in whatever language
+the server speaks.
 """
 
 from __future__ import annotations
@@ -15,6 +16,19 @@ from typing import Any, TypeAlias
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
+from .codes import (
+    CLIENT_ERRORS_OF_MYSQL,
+    LASTING_TEXTS_OF_STATES,
+    MISPLACED_STATEMENT,
+    NO_SUCH_HOST_YET,
+    OF_THE_WRONG_SERVER,
+    TRANSIENT_CLASSES,
+    TRANSIENT_IN_MYSQL,
+    TRANSIENT_STATES,
+    TRANSIENT_TEXTS_IN_MYSQL,
+    TRANSIENT_TEXTS_OF_STATES,
+)
+
 _Codes: TypeAlias = frozenset[str | int | None]
 
 _MISSING_TABLE: _Codes = frozenset({"42P01", "42S02", 1146})
@@ -23,47 +37,10 @@ _MISSING_TABLE_IN_SQLITE = re.compile(r"no such table")
 _MISSING_COLUMN_IN_SQLITE = re.compile(r"no such column|table .* has no column")
 
 _LOCK_TIMEOUT: _Codes = frozenset({"55P03", 1205})
+_SERIALIZATION_FAILURE: _Codes = frozenset({"40001", "OC000", "OC001"})  # OC: Aurora DSQL
 _NO_SAVEPOINT: _Codes = frozenset({"3B001", "25P01", 1305})  # 1305: also for a function
 _NO_SAVEPOINT_IN_SQLITE = re.compile(r"no such savepoint")
 
-# A pooler sent the statement to a server that has not prepared it, or that has already.
-_MISPLACED_STATEMENT = {"26000", "42P05"}
-
-_TRANSIENT_CLASSES = {
-    "08",  # connection exceptions
-    "40",  # transaction rollback: serialization failures, deadlocks
-    "53",  # insufficient resources: too many connections
-}
-_TRANSIENT_STATES = {
-    *_MISPLACED_STATEMENT,
-    "25006",  # the server turned read-only, as the old primary does in a failover
-    "55P03",  # lock_timeout
-    "57P01",  # the server, or this connection, is shut down
-    "57P02",  # the server crashed
-    "57P03",  # the server starts up
-}
-_TRANSIENT_IN_MYSQL = {
-    1020,  # the record has changed since it was read
-    1040,  # too many connections
-    1047,  # Galera: this node is not ready, or not part of the cluster
-    1053,  # the server shuts down
-    1203,  # too many connections of this user
-    1205,  # lock wait timeout
-    1213,  # deadlock
-    1226,  # too much of what this user may have: connections, or statements an hour
-    1290,  # the server turned read-only, as the old primary does in a failover
-    1927,  # the connection was killed
-    3101,  # group replication rolled the transaction back
-    8002,  # TiDB: a conflict with another transaction's SELECT FOR UPDATE
-    8005,  # TiDB: a write conflict
-    9007,  # TiDB: a write conflict
-}
-_VITESS = 1105  # whatever went wrong; the text tells
-_TRANSIENT_IN_VITESS = re.compile(
-    r"primary is not serving|not serving|failing over|vttablet|connection pool|code = Unavailable",
-    re.IGNORECASE,
-)
-_CLIENT_ERRORS_OF_MYSQL = range(2000, 3000)  # the server could not be reached, or went away
 _SQLSTATE = re.compile(r"[0-9A-Z]{5}")
 _BUSY_IN_SQLITE = re.compile(r"database (table |schema )?is locked")
 
@@ -76,6 +53,7 @@ _UNKNOWN_HOST = re.compile(
 _TRY_AGAIN = re.compile(r"Temporary failure in name resolution|\[Errno -3\]")
 _REFUSED = re.compile(
     r"authentication failed|does not exist|pg_hba\.conf|no password supplied|permission denied"
+    rf"|{LASTING_TEXTS_OF_STATES['08P01'].pattern}"
 )
 _NOT_YET = re.compile(
     r"starting up|shutting down|recovery|not yet accepting|too many|slots are reserved"
@@ -95,9 +73,15 @@ def is_missing_column(error: DBAPIError) -> bool:
     return _is_about(error, _MISSING_COLUMN, _MISSING_COLUMN_IN_SQLITE)
 
 
-def is_misplaced_statement(error: DBAPIError) -> bool:
+def is_misplaced_statement(error: BaseException) -> bool:
     """Tell whether a pooler sent a prepared statement to another server than it was prepared on."""
-    return _sqlstate(error) in _MISPLACED_STATEMENT
+    return _sqlstate(error) in MISPLACED_STATEMENT
+
+
+def is_of_the_wrong_server(error: DBAPIError) -> bool:
+    """Tell whether a server takes no writes, as the old primary after a failover."""
+    codes = _sqlstate(error), _number(error)
+    return is_transient(error) and not OF_THE_WRONG_SERVER.isdisjoint(codes)
 
 
 def is_lock_timeout(error: DBAPIError) -> bool:
@@ -107,7 +91,7 @@ def is_lock_timeout(error: DBAPIError) -> bool:
 
 def is_serialization_failure(error: DBAPIError) -> bool:
     """Tell whether the isolation level wants the transaction to be done once more."""
-    return _sqlstate(error) == "40001"
+    return _sqlstate(error) in _SERIALIZATION_FAILURE
 
 
 def is_missing_savepoint(error: DBAPIError) -> bool:
@@ -131,7 +115,7 @@ def is_transient(error: BaseException) -> bool:
     # What asyncpg raises while it connects is not wrapped.
     return isinstance(
         error, (OSError, asyncio.TimeoutError, PoolTimeoutError)
-    ) or _is_transient_state(_sqlstate(error))
+    ) or _is_transient_answer_of_postgresql(error)
 
 
 def in_short(error: BaseException) -> str:
@@ -144,13 +128,12 @@ def _is_transient_answer(error: DBAPIError) -> bool:
     if _is_sqlite(error):
         return bool(_BUSY_IN_SQLITE.match(str(error.orig)))
     number = _number(error)
-    if number == _VITESS:
-        return bool(_TRANSIENT_IN_VITESS.search(str(error.orig)))
+    if number in TRANSIENT_TEXTS_IN_MYSQL:
+        return bool(TRANSIENT_TEXTS_IN_MYSQL[number].search(str(error.orig)))
     if number is not None:
-        return number in _TRANSIENT_IN_MYSQL or number in _CLIENT_ERRORS_OF_MYSQL
-    state = _sqlstate(error)
-    if state is not None:
-        return _is_transient_state(state)
+        return number in TRANSIENT_IN_MYSQL or number in CLIENT_ERRORS_OF_MYSQL
+    if _sqlstate(error) is not None or NO_SUCH_HOST_YET.search(str(error.orig)):
+        return _is_transient_answer_of_postgresql(error)
     # Without a statement and an SQLSTATE, it could not connect.
     if error.statement is not None or not isinstance(error, OperationalError):
         return False
@@ -171,8 +154,15 @@ def _may_connect_later(error: Any) -> bool:
     return not (asked and _OF_THE_SERVER in text)
 
 
-def _is_transient_state(state: str | None) -> bool:
-    return state is not None and (state in _TRANSIENT_STATES or state[:2] in _TRANSIENT_CLASSES)
+def _is_transient_answer_of_postgresql(error: BaseException) -> bool:
+    state, text = _sqlstate(error), str(getattr(error, "orig", None) or error)
+    if state is None:
+        return bool(NO_SUCH_HOST_YET.search(text))
+    if state in LASTING_TEXTS_OF_STATES and LASTING_TEXTS_OF_STATES[state].search(text):
+        return False
+    if state in TRANSIENT_TEXTS_OF_STATES:
+        return bool(TRANSIENT_TEXTS_OF_STATES[state].search(text))
+    return state in TRANSIENT_STATES or state[:2] in TRANSIENT_CLASSES
 
 
 def _has_unknown_host(error: BaseException) -> bool:

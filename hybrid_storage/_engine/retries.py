@@ -36,17 +36,34 @@ _MAY_BE_HELD = (
 logger = logging.getLogger("hybrid_storage")
 
 
-async def with_retries(call: Callable[[], Awaitable[T]], seconds: float, what: object) -> T:
-    """Call until it succeeds, fails for good, or the time is over."""
+async def with_retries(
+    call: Callable[[], Awaitable[T]],
+    seconds: float,
+    what: object,
+    confirm: Callable[[], Awaitable[object]] | None = None,
+) -> T:
+    """Call until it succeeds, fails for good, or the time is over.
+
+    :param call: awaited for each attempt
+    :param seconds: for how long
+    :param what: it does, for the log
+    :param confirm: awaited after an attempt that was not the first: it may have found done what an
+        earlier one had done, whose answer was lost
+    """
     try:
-        return await _with_retries(call, seconds, what)
+        return await _with_retries(call, seconds, what, confirm)
     except DBAPIError as error:
         if is_lock_timeout(error):
             error.add_detail(_MAY_BE_HELD)
         raise
 
 
-async def _with_retries(call: Callable[[], Awaitable[T]], seconds: float, what: object) -> T:
+async def _with_retries(
+    call: Callable[[], Awaitable[T]],
+    seconds: float,
+    what: object,
+    confirm: Callable[[], Awaitable[object]] | None,
+) -> T:
     began = time.monotonic()
     try:
         return await call()
@@ -57,7 +74,10 @@ async def _with_retries(call: Callable[[], Awaitable[T]], seconds: float, what: 
         logger.warning("%s failed, trying again for %.0f s: %s", what, left, in_short(error))
     async for attempt in AsyncRetrying(**_retrying(left)):
         with attempt:
-            return await call()
+            result = await call()
+            if confirm is not None:
+                await confirm()
+            return result
     raise AssertionError("tenacity returns or raises")
 
 

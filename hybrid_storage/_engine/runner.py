@@ -17,17 +17,16 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
-from weakref import WeakSet
 
 from anyio import CapacityLimiter
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection
 from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.exc import DBAPIError, UnboundExecutionError
 from sqlalchemy.orm import Session
 
-from .calls import Call
+from . import poolers
+from .calls import Call, leave_wrong_server
 from .cancellation import InCallersTask, Interrupter, run_to_completion
-from .errors import is_misplaced_statement
 from .factories import check_bind, synchronous
 from .slots import (
     HOLDS_WRITE_LOCK,
@@ -50,11 +49,6 @@ Context: TypeAlias = Callable[[], AbstractContextManager[object]]
 """What the application's own rules need around them, such as Flask's ``app.app_context``."""
 
 Connect: TypeAlias = Callable[[Bind], AbstractContextManager[Connection]]
-
-# Engines behind a pooler that changes servers between transactions, which turns out when a
-# prepared statement is not there. asyncpg prepares a statement and runs it afterwards: that needs a
-# transaction around both. psycopg goes on using a statement for as long as it is told to.
-_behind_poolers: WeakSet[Engine] = WeakSet()
 
 # On these, cancelling the task cancels the statement at the server, and waits for its answer.
 _CANCELLING_DRIVERS = {"asyncpg", "psycopg"}
@@ -114,9 +108,8 @@ class Runner:
             return await self.in_slot(
                 bind, call.writes, lambda pool: carry(session, bind, partial(work, pool))
             )
-        except DBAPIError as error:
-            if is_misplaced_statement(error):
-                _behind_poolers.add(bind.engine)
+        except Exception as error:
+            poolers.note(bind.engine, error)
             raise
 
     async def in_slot(
@@ -189,15 +182,14 @@ def _on_connection(
     with context(), exclusive(bind):
         is_counted_on = _is_counted_on(session, bind)
         if is_counted_on and session.bind is not bind:
+            if not poolers.has_looked_at(bind.engine):
+                with checked_out(bind, pool):
+                    pass
             return _in_session(session, call, interrupter)  # with rules of its own
         with checked_out(bind, pool) as connection:
             if is_counted_on:
                 session.bind = connection
                 return _in_session(session, call, interrupter)
-            if bind.engine in _behind_poolers:
-                driver_connection: Any = connection.connection.driver_connection
-                if hasattr(driver_connection, "prepare_threshold"):  # psycopg's, for poolers
-                    driver_connection.prepare_threshold = None
             if _autocommits(bind) and not call.in_transaction:
                 return _in_autocommit(connection, call, interrupter)
             return _run(connection, call, interrupter)
@@ -257,6 +249,7 @@ def checked_out(bind: Bind, pool: PoolState | None) -> Iterator[Connection]:
                 wrapped = DBAPIError.instance(None, None, error, base, dialect=bind.dialect)
                 raise wrapped from error
             with Connection(bind, pooled) as connection:
+                poolers.look(connection)
                 yield connection
         finally:
             spare.dispose()
@@ -264,17 +257,20 @@ def checked_out(bind: Bind, pool: PoolState | None) -> Iterator[Connection]:
         # Looked at last: the handlers take connections without asking.
         if pool.are_connections_taken(bind):
             raise PoolTaken
-        with bind.connect() as connection:
+        with poolers.connect(bind) as connection:
             pool.of_calls.add(connection)
             try:
                 yield connection
+            except DBAPIError as error:
+                leave_wrong_server(connection, error)
+                raise
             finally:
                 pool.of_calls.discard(connection)
 
 
 def connected(bind: Bind) -> AbstractContextManager[Connection]:
     """Give a connection for the time of a handler."""
-    return nullcontext(bind) if isinstance(bind, Connection) else bind.connect()
+    return nullcontext(bind) if isinstance(bind, Connection) else poolers.connect(bind)
 
 
 def _is_counted_on(session: Session, bind: Bind) -> bool:
@@ -295,6 +291,6 @@ def _autocommits(bind: Bind) -> bool:
     """
     return (
         isinstance(bind.dialect, PGDialect)
-        and bind.engine not in _behind_poolers
+        and not poolers.needs_transactions(bind.engine)
         and not bind.dispatch.begin
     )

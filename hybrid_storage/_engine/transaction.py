@@ -11,6 +11,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError, IllegalStateChangeError
 from sqlalchemy.orm import Session
 
+from .calls import leave_wrong_server
 from .cancellation import Interrupter
 from .errors import is_lock_timeout, is_missing_savepoint
 from .factories import Registry
@@ -106,6 +107,8 @@ class TransactionScope(Scope):
         try:
             yield
         except DBAPIError as error:
+            if self._connection is not None:
+                leave_wrong_server(self._connection, error)
             if self._lock_timeout is not None and is_lock_timeout(error):
                 error.add_detail(WAITS_FOR_PARENT.format(self._lock_timeout))
             elif is_missing_savepoint(error):

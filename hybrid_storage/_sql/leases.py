@@ -87,9 +87,9 @@ class Leases:
         """
         dialect = self._dialect(connection)
         parameters: dict[str, Any] = {"_row": row, "_owner": owner, "_lease": lease}
-        if dialect.at_once:
+        if dialect.at_once is not None:
             parameters["_wanted"] = list(wanted)
-            rows = self.execute(connection, dialect.at_once[bool(wanted)], parameters).rows or []
+            rows = self.execute(connection, dialect.at_once, parameters).rows or []
             version, seen = rows[0][:2]
         else:
             answer = executed(connection, dialect.acquire, parameters)
@@ -201,7 +201,7 @@ class _Dialect:
         # The owner may acquire its own lease again: a retry after a lost response must succeed.
         free = sa.or_(columns.expires <= clock, columns.owner == sa.bindparam("_owner"))
         self.acquire: sa.Executable
-        self.at_once: dict[bool, sa.Executable] = {}
+        self.at_once: sa.Executable | None = None
         if isinstance(dialect, MySQLDialect):
             new = mysql_insert(table).values(values)
             owner, end = new.inserted.owner, new.inserted.expires
@@ -227,10 +227,7 @@ class _Dialect:
             returns = dialect.insert_returning
             self.acquire = upsert.returning(columns.version) if returns else upsert
             if isinstance(dialect, PGDialect):
-                self.at_once = {
-                    is_fenced: _acquire_and_read(upsert, table, rows, waits=not is_fenced)
-                    for is_fenced in (False, True)
-                }
+                self.at_once = _acquire_and_read(upsert, table, rows)
         these = beside.c.id.in_(sa.bindparam("_wanted", expanding=True))
         wanted = sa.and_(these, rows.lookups.alive)
         self.read = (
@@ -239,7 +236,7 @@ class _Dialect:
             .where(columns.id == sa.bindparam("_row"))
         )
         if isinstance(dialect, MySQLDialect):  # a snapshot may be older than the lock
-            self.read = self.read.with_for_update(read=True)
+            self.read = self.read.with_for_update()  # TiDB has no locks to share
         # Renewal never waits for a row. One that a transaction of this process has locked, after a
         # write behind the fence, would hold up the renewal of all others.
         unlocked = leases.select_mine.with_for_update(skip_locked=True)
@@ -268,22 +265,17 @@ class _Dialect:
         )
 
 
-def _acquire_and_read(upsert: Any, locks: Table, rows: Rows, *, waits: bool) -> sa.Executable:
+def _acquire_and_read(upsert: Any, locks: Table, rows: Rows) -> sa.Executable:
     """Return PostgreSQL's one statement: what it reads is older than the lock, so compare.
 
     The reads see the database as it was when the statement began, the upsert sees the latest row.
-
-    :param waits: whether its commit waits for the disk. It need not before a write behind the
-        fence, which does wait, and fails if a crash of the server has taken the lock away
     """
     taken = upsert.returning(locks.c.version).cte("taken")
     seen = sa.select(locks.c.version).where(locks.c.id == sa.bindparam("_row"))
     beside = rows.table
     these = beside.c.id == sa.any_(sa.bindparam("_wanted", type_=sa.ARRAY(sa.Text)))
     wanted = sa.and_(these, rows.lookups.alive)
-    off = sa.func.set_config("synchronous_commit", "off", sa.true())
-    wait: Any = sa.literal_column("1") if waits else off
-    one = sa.select(wait.label("one")).cte("one")
+    one = sa.select(sa.literal_column("1").label("one")).cte("one")
     return sa.select(
         sa.select(taken.c.version).scalar_subquery(),
         seen.scalar_subquery(),

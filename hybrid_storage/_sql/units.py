@@ -12,7 +12,6 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import Connection, Table
-from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.exc import IntegrityError
 
@@ -99,7 +98,9 @@ class Units:
         :param frees: whether to free it
         :raises IntegrityError: if a row is there that was not
         """
-        is_postgresql = isinstance(connection.dialect, PGDialect)
+        # By the name: CockroachDB, whose dialect is a kind of PostgreSQL's, refuses a statement
+        # that updates, deletes and inserts rows of one table.
+        is_postgresql = connection.dialect.name == "postgresql"
         if not (changes and is_postgresql and self.fits_one_statement):
             return self.write(connection, changes, fence, frees=frees)
         for change in changes:

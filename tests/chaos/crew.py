@@ -54,7 +54,7 @@ class Crew:
         :param table: the table to write to, which need not be there
         """
         self._folder = folder
-        self._table = table
+        self.table = table
         self._members: list[_Member] = []
 
     def __enter__(self) -> Crew:
@@ -78,7 +78,7 @@ class Crew:
         address = url.render_as_string(hide_password=False)
         journal = self._folder / f"{name}.journal"
         journal.touch()
-        job = Job(name, address, self._table, journal, cancels, lease=lease, options=options)
+        job = Job(name, address, self.table, journal, cancels, lease=lease, options=options)
         self._members.append(_started(job))
 
     def kill_one(self) -> None:
@@ -89,10 +89,13 @@ class Crew:
         last = max((event[3] for event in events(job.journal) if event[0] == "try"), default=0)
         self._members[n] = _started(replace(job, first=last + 1))
 
-    def at_work(self) -> Iterator[None]:
-        """Yield for each fault to inject, before and after which everybody writes something."""
+    def at_work(self, seconds: float = SECONDS) -> Iterator[None]:
+        """Yield for each fault to inject, before and after which everybody writes something.
+
+        :param seconds: after which there are no more faults; there is always one
+        """
         self._work_on()
-        end = time.monotonic() + SECONDS
+        end = time.monotonic() + seconds
         while True:
             yield
             self._work_on()
@@ -121,7 +124,7 @@ class Crew:
     def _held(self, url: URL) -> Table:
         engine = create_engine(url, poolclass=NullPool)
         with engine.connect() as connection:
-            rows = connection.execute(text(f"SELECT id, state, data FROM {self._table}"))
+            rows = connection.execute(text(f"SELECT id, state, data FROM {self.table}"))
             return {row.id: {STATE: row.state, **json.loads(row.data or "{}")} for row in rows}
 
     def _work_on(self) -> None:

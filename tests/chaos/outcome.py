@@ -24,6 +24,8 @@ class Outcome:
     """Of them, updates under a lock."""
     fenced: int = 0
     """Updates whose lock was lost, and that were told so."""
+    told: list[str] = field(default_factory=list)
+    """What those were told, and after how many seconds."""
     retried: int = 0
     """Calls that were made again."""
     cut: int = 0
@@ -81,6 +83,7 @@ class Judge:
                 outcome.longest_update = max(outcome.longest_update, seconds)
             elif kind == "fenced":
                 outcome.fenced += 1
+                outcome.told.append(f"{facts}")
             elif kind == "cut":
                 outcome.cut += 1
             elif kind == "retry":

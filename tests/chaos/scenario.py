@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from .outcome import Outcome
 
 WIDTH = 56
 TITLES = pytest.StashKey[list[str]]()
-PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
+PAGES = [Path(__file__).parents[2] / "docs" / name for name in ("reliability.md", "clusters.md")]
 WRITES_DOCS = bool(os.environ.get("HYBRID_STORAGE_WRITE_DOCS"))
 """Whether the lines replace those of the same name in the documentation's tables."""
 Report = Callable[..., None]
@@ -36,11 +37,14 @@ class Scenario(Crew):
         self.name = name
         self._report = report
 
-    def judge(self, url: URL, faults: int | None = None, **figures: object) -> Outcome:
+    def judge(
+        self, url: URL, faults: int | None = None, may_lose: bool = False, **figures: object
+    ) -> Outcome:
         """Print the figures, and fail if anything went wrong.
 
         :param url: the database, with a synchronous driver
         :param faults: how many there were; by default the calls that were cancelled
+        :param may_lose: whether what was acknowledged, locks included, may be lost
         :param figures: more to print
         :return: what came of it
         """
@@ -53,39 +57,42 @@ class Scenario(Crew):
                 "of them updates": outcome.updates,
                 "faults": faults,
                 "calls made again": outcome.retried,
-                "lost": len(outcome.lost),
+                "lost": len(set(outcome.lost)),  # one that is missed is missed at every look
                 "half": len(outcome.halves),
                 "two holders": len(outcome.overlaps),
+                "locks lost": outcome.fenced,
                 "errors": len(outcome.errors),
                 "longest wait, s": round(outcome.longest, 2),
                 **figures,
             },
         )
-        assert outcome.lost == []
+        assert may_lose or outcome.lost == [], outcome.lost
         assert outcome.halves == []
-        assert outcome.overlaps == []
-        assert outcome.errors == []
+        assert may_lose or outcome.overlaps == []
+        assert outcome.errors == [], outcome.errors
         assert outcome.left == []
         assert outcome.acknowledged > 0
         assert faults > 0
         return outcome
 
 
-def write_line(page: str, name: str, figures: dict[str, object]) -> str:
-    """Return a page with the figures of a line replaced.
+def write_line(name: str, figures: dict[str, object]) -> None:
+    """Replace the figures of a line in the documentation.
 
-    :param page: its text
     :param name: of the line, its first cell
     :param figures: its other cells
-    :raises ValueError: if no table of the page has such a line
+    :raises ValueError: if no page has such a line
     """
     line = f"| {name} | {' | '.join(str(figure) for figure in figures.values())} |"
-    lines = page.splitlines()
-    found = [n for n, each in enumerate(lines) if each.startswith(f"| {name} |")]
-    if not found:
-        raise ValueError(f"the page has no line for {name!r}; add: {line}")
-    lines[found[0]] = line
-    return "\n".join(lines) + "\n"
+    for page in PAGES:
+        text = page.read_text()
+        written, found = re.subn(
+            rf"^\| {re.escape(name)} \|.*$", lambda _: line, text, flags=re.MULTILINE
+        )
+        if found:
+            page.write_text(written)
+            return
+    raise ValueError(f"no page has a line for {name!r}; add: {line}")
 
 
 @pytest.fixture
@@ -103,7 +110,7 @@ def report(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -
             line = "".join(f"{figure:>20}" for figure in figures.values())
             terminal.write(f"\n{name:<{WIDTH}}{line} ", flush=True)
         if WRITES_DOCS:
-            PAGE.write_text(write_line(PAGE.read_text(), name, figures))
+            write_line(name, figures)
 
     return report
 

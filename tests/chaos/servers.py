@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,10 @@ from .proxy import free_port
 
 MARIADBD = shutil.which("mariadbd"), shutil.which("mariadb-install-db")
 PGBOUNCER = shutil.which("pgbouncer")
+PREPARING_PGBOUNCER = shutil.which(
+    os.environ.get("HYBRID_STORAGE_PGBOUNCER", "/opt/pgbouncer/bin/pgbouncer")
+)
+"""One that knows prepared statements, which ``tests/cluster/install_pgbouncer.sh`` makes."""
 SERVERS = ["postgresql", *["mysql"] * all(MARIADBD)]
 """Which can be started here, by SQLAlchemy's names."""
 _PATIENCE = 60  # seconds for a server to start or to stop
@@ -150,31 +155,37 @@ def mariadb(folder: Path) -> Server:
     return Server(url, command, None, signal.SIGKILL)
 
 
-def pgbouncer(folder: Path, behind: Server) -> Server:
+def pgbouncer(
+    folder: Path, behind: Server, program: str | None = PGBOUNCER, **settings: object
+) -> Server:
     """Return a PgBouncer in transaction mode.
 
     :param folder: an empty folder for its settings
     :param behind: the PostgreSQL server
+    :param program: which PgBouncer
+    :param settings: of PgBouncer's, in place of the tests' own
     """
-    assert PGBOUNCER is not None, "PgBouncer is not installed"
+    assert program is not None, "PgBouncer is not installed"
     port = free_port()
-    settings, users = folder / "pgbouncer.ini", folder / "users.txt"
+    file, users = folder / "pgbouncer.ini", folder / "users.txt"
     users.write_text('"postgres" ""\n')
-    settings.write_text(
-        "[databases]\n"
-        f"* = host=127.0.0.1 port={behind.url.port}\n"
-        "[pgbouncer]\n"
-        "listen_addr = 127.0.0.1\n"
-        f"listen_port = {port}\n"
-        "unix_socket_dir =\n"
-        "auth_type = trust\n"
-        f"auth_file = {users}\n"
-        "pool_mode = transaction\n"
-        "default_pool_size = 10\n"
-        "max_client_conn = 200\n"
-        "server_login_retry = 0\n"
+    options = {
+        "listen_addr": "127.0.0.1",
+        "listen_port": port,
+        "unix_socket_dir": "",
+        "auth_type": "trust",
+        "auth_file": users,
+        "pool_mode": "transaction",
+        "default_pool_size": 10,
+        "max_client_conn": 200,
+        "server_login_retry": 0,
+        **settings,
+    }
+    file.write_text(
+        f"[databases]\n* = host=127.0.0.1 port={behind.url.port}\n[pgbouncer]\n"
+        + "".join(f"{name} = {value}\n" for name, value in options.items())
     )
-    ensure_prefix_permissions(settings)
+    ensure_prefix_permissions(file)
     url = behind.url.set(port=port)
     user = get_server(folder / "data", start=False).system_user
-    return Server(url, [PGBOUNCER, str(settings)], user, signal.SIGKILL)
+    return Server(url, [program, str(file)], user, signal.SIGKILL)

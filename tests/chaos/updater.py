@@ -55,8 +55,8 @@ class Updater:
                 await self._storage.set_state(key, str(number + 1))
                 await self._storage.update_data(key, {COUNT: number + 1})
                 left = time.monotonic()
-        except LockLostError:
-            self._journal.note("fenced", row)
+        except LockLostError as error:
+            self._journal.note("fenced", row, str(error), time.monotonic() - asked)
         else:
             took = time.monotonic() - asked
             self._journal.note("update", row, number + 1, entered, left, took)

@@ -76,8 +76,13 @@ class Host:
 
         :param names: of programs; all of them by default
         """
-        processes = [Process(int(pid)) for pid in _output("ip", "netns", "pids", self.name).split()]
-        return [each for each in processes if not names or _name(each) in names]
+        processes: list[Process] = []
+        for pid in _output("ip", "netns", "pids", self.name).split():
+            with suppress(NoSuchProcess):  # it has ended meanwhile
+                process = Process(int(pid))
+                if not names or process.name() in names:
+                    processes.append(process)
+        return processes
 
     def signal(self, number: signal.Signals, *names: str) -> int:
         """Send a signal to all processes of some programs.
@@ -194,13 +199,6 @@ def _remove_those_of_the_dead() -> None:
 def _inside(name: str, user: str) -> list[str]:
     become = ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups"]
     return ["ip", "netns", "exec", name, *become]
-
-
-def _name(process: Process) -> str:
-    try:
-        return str(process.name())
-    except NoSuchProcess:  # it has ended meanwhile
-        return ""
 
 
 def _ip(*arguments: str) -> None:
