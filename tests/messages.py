@@ -1,4 +1,4 @@
-"""What the package's modules raise and log, read from their syntax trees. For the tests of pages."""
+"""What the package's modules raise and log, read from their syntax trees."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ PACKAGE = Path(hybrid_storage.__file__).parent
 ERRORS = ("Error", "BadParameter", "Unfit")
 """How the names of classes end that are errors."""
 LEVELS = {"debug": "DEBUG", "info": "INFO", "warning": "WARNING", "exception": "ERROR"}
+_BEGINNING = re.compile(
+    r".{10,76}?(?=: |(?<!\.)\. | \(|, (?!not|a str|or |such|0 or)|$)|.{10,76}(?= )"
+)
 DETAIL = "detail"
 """The kind of a text that is added to an error of SQLAlchemy's."""
 
@@ -31,9 +34,7 @@ class Message(NamedTuple):
     def beginning(self) -> str:
         """The words up to the remedy, for which a page has its own."""
         text = self.text.partition("`")[0].rstrip()
-        found = re.match(
-            r".{10,76}?(?=: |\. | \(|, (?!not|a str|or |such|0 or)|$)|.{10,76}(?= )", text
-        )
+        found = _BEGINNING.match(text)
         return found[0] if found else text
 
 
