@@ -89,4 +89,5 @@ def setup(app: Sphinx) -> dict[str, Any]:
         written = ModuleAnalyzer.for_module(f"hybrid_storage.{name}")
         written.analyze()
         public.attr_docs.update(written.attr_docs)
+        public.tagorder.update(written.tagorder)
     return {"parallel_read_safe": True}

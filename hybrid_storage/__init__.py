@@ -1,6 +1,6 @@
 """An FSM storage for aiogram on SQLAlchemy, by an async or a synchronous session factory.
 
-Begin with :class:`SQLAlchemyStorage`, and pass it to the dispatcher::
+Begin with ``SQLAlchemyStorage``, and pass it to the dispatcher::
 
     from hybrid_storage import SQLAlchemyStorage
 
@@ -8,9 +8,9 @@ Begin with :class:`SQLAlchemyStorage`, and pass it to the dispatcher::
     dp = Dispatcher(storage=storage)
     dp.startup.register(storage.create_table)
 
-Then see :meth:`SQLAlchemyStorage.create_isolation`, for one handler at a time and one write per
-update, and :meth:`SQLAlchemyStorage.transaction`, for one transaction with your own rows. All of
-these names are to be imported from ``hybrid_storage`` itself. Two more modules are public:
+Then see ``storage.create_isolation()``, for one handler at a time and one write per update, and
+``storage.transaction()``, for one transaction with your own rows. Import what you need from
+``hybrid_storage`` itself. Two more modules are public:
 
 ``hybrid_storage.migration``
     ``migrate()`` moves conversations here from Redis or from another table.

@@ -15,7 +15,8 @@ from test_public_doors import ORDER, PACKAGE
 
 FOLDER = Path(__file__).parent.parent / "docs" / "development"
 PICTURE, PAGE = FOLDER / "imports.svg", FOLDER / "architecture.md"
-BEGIN, END = "<!-- modules: written by tests/import_picture.py -->\n", "<!-- end of the modules -->\n"
+BEGIN = "<!-- modules: written by tests/import_picture.py -->\n"
+END = "<!-- end of the modules -->\n"
 LAYERS: dict[str, list[str]] = {
     "command": ["cli", "__main__", "_cli_"],
     "testing, migration": ["testing", "migration", "_sources", "_table_sources", "_moves"],
