@@ -12,6 +12,8 @@ from itertools import product
 
 from aiogram.fsm.storage.base import DEFAULT_DESTINY, DefaultKeyBuilder, StorageKey
 
+from .keys import FullKeyBuilder
+
 _NUMBER = "-?[0-9]+"
 
 
@@ -35,7 +37,7 @@ def parse_default_key(
         raise ValueError(
             f"{text!r} does not say which bot it belongs to, since it was built by "
             "DefaultKeyBuilder(with_bot_id=False): pass bot_id, the number before the colon of "
-            "the bot's token"
+            f"the bot's token{_perhaps_ours(text)}"
         )
     found = {key for key in _candidates(text, builder, bot_id) if _builds(builder, key, text)}
     if len(found) > 1:
@@ -44,8 +46,20 @@ def parse_default_key(
             f"not tell its parts from each other: {', '.join(sorted(map(str, found)))}"
         )
     if not found:
-        raise ValueError(f"{text!r} {_why_not(text, builder)}")
+        raise ValueError(f"{text!r} {_why_not(text, builder)}{_perhaps_ours(text)}")
     return found.pop()
+
+
+def _perhaps_ours(text: str) -> str:
+    try:
+        FullKeyBuilder().parse(text)
+    except ValueError:
+        return ""
+    return (
+        ". It reads as a key of this package's FullKeyBuilder. If it is one, pass "
+        "key_builder=FullKeyBuilder(), on the command line "
+        "--source-key-builder hybrid_storage:FullKeyBuilder"
+    )
 
 
 def _candidates(text: str, builder: DefaultKeyBuilder, bot_id: int | None) -> Iterator[StorageKey]:

@@ -6,6 +6,7 @@ import asyncio
 import datetime
 import json
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,15 @@ async def test_a_function_without_a_session_parameter(open_storage: Open) -> Non
 def test_the_old_name_of_postgresql() -> None:
     with pytest.raises(ValueError, match=r"postgresql\+psycopg://"):
         SQLAlchemyStorage.from_url("postgres://root@127.0.0.1/test")
+
+
+def test_a_driver_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "asyncpg", None)
+    url = "postgresql+asyncpg://root:secret@127.0.0.1/test"
+    with pytest.raises(
+        ModuleNotFoundError, match=r"needs the driver asyncpg, which"
+    ):
+        SQLAlchemyStorage.from_url(url)
 
 
 async def test_data_that_json_does_not_know(open_storage: Open, key: StorageKey) -> None:

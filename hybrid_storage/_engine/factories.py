@@ -71,6 +71,17 @@ def session_factory(factory: object) -> tuple[Callable[[], AnySession], bool]:
 def engine_and_factory(url: str | URL, options: dict[str, Any]) -> tuple[AnyEngine, Any]:
     """Return a new engine of the kind that a URL's driver needs, and a session factory on it."""
     url = make_url(url)
+    try:
+        return _engine_and_factory(url, options)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{url.drivername}:// needs the driver {error.name}, which is not installed: install "
+            "it, or name another one in the URL, as in 'postgresql+asyncpg://...'",
+            name=error.name,
+        ) from error
+
+
+def _engine_and_factory(url: URL, options: dict[str, Any]) -> tuple[AnyEngine, Any]:
     if url.get_backend_name() == "postgres":
         raise ValueError(
             "SQLAlchemy's name for PostgreSQL is 'postgresql': write 'postgresql+psycopg://...' in "
