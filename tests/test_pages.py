@@ -47,6 +47,7 @@ BY_THEIR_OWN_TEST = {
     "docs/guides/transactions.md",
     "docs/guides/webhooks.md",
     "docs/reference/command.md",
+    "docs/scaling.md",
     "docs/tutorial.md",
 }
 """Pages whose blocks are run by a test that knows what they do."""
