@@ -74,9 +74,9 @@ def test_a_string_that_does_not_say_enough_is_refused(
 def test_a_bot_that_is_in_no_string_has_to_be_told() -> None:
     with pytest.raises(ValueError, match=re.escape("with_bot_id=False): pass bot_id")):
         parse_default_key("fsm:7:7", DefaultKeyBuilder())
-    for options in ({}, {"with_bot_id": True}):
+    for builder in (DefaultKeyBuilder(), DefaultKeyBuilder(with_bot_id=True)):
         with pytest.raises(ValueError, match="--source-key-builder hybrid_storage:FullKeyBuilder"):
-            parse_default_key("42:7:7", DefaultKeyBuilder(**options))
+            parse_default_key("42:7:7", builder)
     assert parse_default_key("fsm:7:7", DefaultKeyBuilder(), bot_id=1).bot_id == 1
     builder = DefaultKeyBuilder(with_bot_id=True)
     assert parse_default_key("fsm:42:7:7", builder, bot_id=1).bot_id == 42

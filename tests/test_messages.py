@@ -101,9 +101,7 @@ def test_the_old_name_of_postgresql() -> None:
 def test_a_driver_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "asyncpg", None)
     url = "postgresql+asyncpg://root:secret@127.0.0.1/test"
-    with pytest.raises(
-        ModuleNotFoundError, match=r"needs the driver asyncpg, which"
-    ):
+    with pytest.raises(ModuleNotFoundError, match=r"needs the driver asyncpg, which"):
         SQLAlchemyStorage.from_url(url)
 
 
