@@ -26,6 +26,7 @@ ORDER = [
     "_sql.upsert",
     "_sql.rows",
     "_sql.absent",
+    "_sql.taking",
     "_sql.leases",
     "_sql.at_once",
     "_sql.units",

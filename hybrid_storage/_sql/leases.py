@@ -26,6 +26,7 @@ from .changes import Texts
 from .clock import now
 from .results import Execute, executed, per_dialect
 from .rows import Rows
+from .taking import Taking
 from .upsert import native_insert
 
 NOBODY = ""  # the owner of a free lock
@@ -87,9 +88,9 @@ class Leases:
         """
         dialect = self._dialect(connection)
         parameters: dict[str, Any] = {"_row": row, "_owner": owner, "_lease": lease}
-        if dialect.at_once is not None:
-            parameters["_wanted"] = list(wanted)
-            rows = self.execute(connection, dialect.at_once, parameters).rows or []
+        if dialect.taking is not None:
+            statement, these = dialect.taking.statement(wanted)
+            rows = self.execute(connection, statement, {**parameters, **these}).rows or []
             version, seen = rows[0][:2]
         else:
             answer = executed(connection, dialect.acquire, parameters)
@@ -163,6 +164,10 @@ class Leases:
         parameters = {"_row": fence.row, "_owner": fence.owner, "_version": fence.version}
         return executed(connection, statement, {**parameters, "_lease": fence.lease}).found()
 
+    def freeing(self, connection: Connection) -> sa.Update:
+        """Return the statement that frees a lease if it is held still."""
+        return self._dialect(connection).free_fenced
+
     def look(self, connection: Connection, row: str) -> tuple[str, int]:
         """Return owner and version of a lock, nobody and 0 if it has no row."""
         for owner, version in executed(connection, self._owner_of, {"_row": row}).rows or ():
@@ -201,7 +206,7 @@ class _Dialect:
         # The owner may acquire its own lease again: a retry after a lost response must succeed.
         free = sa.or_(columns.expires <= clock, columns.owner == sa.bindparam("_owner"))
         self.acquire: sa.Executable
-        self.at_once: sa.Executable | None = None
+        self.taking: Taking | None = None
         if isinstance(dialect, MySQLDialect):
             new = mysql_insert(table).values(values)
             owner, end = new.inserted.owner, new.inserted.expires
@@ -227,7 +232,7 @@ class _Dialect:
             returns = dialect.insert_returning
             self.acquire = upsert.returning(columns.version) if returns else upsert
             if isinstance(dialect, PGDialect):
-                self.at_once = _acquire_and_read(upsert, table, rows)
+                self.taking = Taking(upsert, table, rows)
         these = beside.c.id.in_(sa.bindparam("_wanted", expanding=True))
         wanted = sa.and_(these, rows.lookups.alive)
         self.read = (
@@ -263,26 +268,6 @@ class _Dialect:
         self.delete_old = sa.delete(table).where(
             columns.id.in_(sa.bindparam("_rows", expanding=True)), is_old
         )
-
-
-def _acquire_and_read(upsert: Any, locks: Table, rows: Rows) -> sa.Executable:
-    """Return PostgreSQL's one statement: what it reads is older than the lock, so compare.
-
-    The reads see the database as it was when the statement began, the upsert sees the latest row.
-    """
-    taken = upsert.returning(locks.c.version).cte("taken")
-    seen = sa.select(locks.c.version).where(locks.c.id == sa.bindparam("_row"))
-    beside = rows.table
-    these = beside.c.id == sa.any_(sa.bindparam("_wanted", type_=sa.ARRAY(sa.Text)))
-    wanted = sa.and_(these, rows.lookups.alive)
-    one = sa.select(sa.literal_column("1").label("one")).cte("one")
-    return sa.select(
-        sa.select(taken.c.version).scalar_subquery(),
-        seen.scalar_subquery(),
-        beside.c.id,
-        beside.c.state,
-        beside.c.data,
-    ).select_from(one.outerjoin(beside, wanted))
 
 
 def _skips_locked(dialect: Dialect) -> bool:

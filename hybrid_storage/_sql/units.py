@@ -8,19 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum, auto
-from typing import Any
+from typing import Any, TypeAlias
 
 import sqlalchemy as sa
 from sqlalchemy import Connection, Table
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.exc import IntegrityError
 
-from .at_once import fence_parameters, given_rows, is_plain, one_statement
+from .at_once import AtOnce, is_plain
 from .changes import ChangedRow, Texts
-from .clock import now
 from .leases import NOBODY, Fence, Leases
 from .results import Execute, executed
 from .rows import Rows
+
+_Selects: TypeAlias = tuple[sa.Executable, ...]
+"""Reads one row, and several."""
 
 
 class Outcome(Enum):
@@ -51,12 +53,16 @@ class Units:
         self.keeps_time: bool = rows.keeps_time
         self.fits_one_statement: bool = is_plain(table)
         """Whether PostgreSQL can do without a transaction."""
-        self._one_statement: dict[tuple[bool, bool], sa.Executable] = {}
-        these = table.c.id.in_(sa.bindparam("_rows", expanding=True))
-        select: Any = sa.select(table.c.id, table.c.state, table.c.data).where(these)
-        self._select: Any = select.where(rows.lookups.alive)
-        self._select_locked = select.order_by(table.c.id).with_for_update()
+        self._at_once = AtOnce(table, leases, rows.lookups.values)
         this = table.c.id == sa.bindparam("_row")
+        these = table.c.id.in_(sa.bindparam("_rows", expanding=True))
+        select: Any = sa.select(table.c.id, table.c.state, table.c.data)
+        # SQLAlchemy writes an IN anew for each execution, which takes it as long as all the rest.
+        selects = select.where(this), select.where(these)
+        self._select: _Selects = tuple(each.where(rows.lookups.alive) for each in selects)
+        self._select_locked: _Selects = tuple(
+            each.order_by(table.c.id).with_for_update() for each in selects
+        )
         self._touch = sa.update(table).where(this).values(id=table.c.id)
         texts: dict[str, Any] = {
             "state": sa.bindparam("_state"),
@@ -106,18 +112,8 @@ class Units:
         for change in changes:
             self.check(connection, change)
         self._sweep(connection, changes)
-        kind = (fence is not None, frees)
-        if kind not in self._one_statement:
-            locks = self._leases.table if fence is not None and self._leases is not None else None
-            clock = now(connection.dialect)
-            lookups = list(self._rows.lookups.values)
-            self._one_statement[kind] = one_statement(
-                self.table, locks, clock, lookups, frees=frees
-            )
-        given = given_rows(changes, self._rows.lookups.values)
-        held, is_written = self._execute(
-            connection, self._one_statement[kind], {**given, **fence_parameters(fence)}
-        ).first()
+        statement, parameters = self._at_once.statement(connection, changes, fence, frees=frees)
+        held, is_written = self._execute(connection, statement, parameters).first()
         if not held:
             return Outcome.LOST
         return Outcome.WRITTEN if is_written else Outcome.CONFLICT
@@ -182,8 +178,13 @@ class Units:
             executed(connection, statement, parameters)
 
     def _read(
-        self, connection: Connection, select: sa.Executable, rows: Sequence[str]
+        self, connection: Connection, selects: _Selects, rows: Sequence[str]
     ) -> dict[str, Texts | None]:
-        answer = executed(connection, select, {"_rows": list(rows)}).rows or ()
+        one, several = selects
+        if len(rows) == 1:
+            result = executed(connection, one, {"_row": rows[0]})
+        else:
+            result = executed(connection, several, {"_rows": list(rows)})
+        answer = result.rows or ()
         found = {row: Texts(state, data) for row, state, data in answer}
         return {row: found.get(row) for row in rows}
