@@ -10,6 +10,7 @@ import ast
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
+from textwrap import wrap
 
 from test_public_doors import ORDER, PACKAGE
 
@@ -30,8 +31,8 @@ LAYERS: dict[str, list[str]] = {
     "_sql": ["_sql."],
 }
 """From the top down: the layers, and how the names of their modules begin or are."""
-WIDTH, HEIGHT, GAP, LEFT = 690, 46, 22, 8
-AT_A_LINE = 125  # characters
+WIDTH, HEIGHT, GAP, LEFT = 690, 58, 20, 8
+AT_A_LINE = 110  # characters
 
 
 def layer_of(module: str) -> str:
@@ -96,15 +97,17 @@ def picture() -> str:
 
 def _box(number: int, layer: str, modules: list[str]) -> list[str]:
     top = number * (HEIGHT + GAP) + GAP // 2
-    names = ", ".join(name.rpartition(".")[2] for name in modules)
-    if len(names) > AT_A_LINE:
-        names = f"{names[:AT_A_LINE].rpartition(',')[0]}, ..."
+    lines = wrap(", ".join(name.rpartition(".")[2] for name in modules), AT_A_LINE)
     return [
         f'<rect x="{LEFT}" y="{top}" width="{WIDTH}" height="{HEIGHT}" rx="5" fill="#eef3f8" '
         'stroke="#467"/>',
         f'<text x="{LEFT + 10}" y="{top + 19}" font-size="15" font-weight="bold" fill="#123">'
         f"{escape(layer)}</text>",
-        f'<text x="{LEFT + 10}" y="{top + 37}" font-size="11.5" fill="#345">{escape(names)}</text>',
+        *(
+            f'<text x="{LEFT + 10}" y="{top + 36 + 14 * n}" font-size="11.5" fill="#345">'
+            f"{escape(line)}</text>"
+            for n, line in enumerate(lines)
+        ),
     ]
 
 
