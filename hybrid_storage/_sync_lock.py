@@ -52,8 +52,9 @@ def is_synchronous() -> bool:
 
 
 def is_held_by_this_thread(leases: Leases, row: str) -> bool:
-    """Tell whether this thread is inside the block, and its lease has not been lost."""
-    return (id(leases.table), row) in _held.__dict__.get("rows", ())
+    """Tell whether this thread is inside the block, and its lease has not been lost or run out."""
+    ends: float = _held.__dict__.get("rows", {}).get((id(leases.table), row), -math.inf)
+    return time.monotonic() < ends
 
 
 @contextmanager
@@ -61,7 +62,8 @@ def held_in_this_thread(
     access: Access, leases: Leases, row: str, *, lease: float, poll: float, wait: float | None
 ) -> Iterator[None]:
     """Hold a lease; see :meth:`SQLAlchemyEventIsolation.lock_sync`."""
-    mine: set[tuple[int, str]] = _held.__dict__.setdefault("rows", set())
+    # When their leases end, unless they are renewed.
+    mine: dict[tuple[int, str], float] = _held.__dict__.setdefault("rows", {})
     this = id(leases.table), row
     if not is_synchronous():
         raise RuntimeError(
@@ -73,9 +75,17 @@ def held_in_this_thread(
     owner = uuid.uuid4().hex  # of this block's own, so that threads exclude each other, too
     arguments = {**access.runner.bind_arguments, "clause": leases.update}
 
+    sent = -math.inf  # the last statement: the lease begins when it arrives, or later
+
     def execute(function: Callable[[Connection], T], seconds: float) -> T:
         call = Call(function, arguments, row, leases.table.fullname)
-        return with_retries_sync(partial(_run, access.runner, call), seconds, call)
+
+        def attempt() -> T:
+            nonlocal sent
+            sent = time.monotonic()
+            return _run(access.runner, call)
+
+        return with_retries_sync(attempt, seconds, call)
 
     acquire = partial(leases.acquire, row=row, owner=owner, lease=lease, wanted=())
     release = partial(leases.release, row=row, owner=owner)
@@ -91,9 +101,13 @@ def held_in_this_thread(
                 logger.warning("could not renew the lock of %r: %s", row, in_short(error))
                 continue
             pause = lease / 3 if renewed else lease / SOON
-            if not (renewed or locked or ends.is_set()):
+            if ends.is_set():
+                return
+            if renewed:
+                mine[this] = sent + lease
+            elif not locked:
                 logger.warning("the lock of %r is lost: another process has it", row)
-                mine.discard(this)
+                mine[this] = -math.inf
                 return
 
     ends_at, pause = time.monotonic() + (math.inf if wait is None else wait), FIRST_PAUSE
@@ -112,15 +126,15 @@ def held_in_this_thread(
         if not is_missing_table(error):
             _release(partial(execute, seconds=0), release, row)
         raise
-    mine.add(this)
+    mine[this] = sent + lease
     heartbeat = threading.Thread(target=renew, name=f"renews {row}", daemon=True)
     heartbeat.start()
     try:
         yield
     finally:
-        mine.discard(this)
         ends.set()
         heartbeat.join()
+        del mine[this]
         _release(partial(execute, seconds=min(access.retry_for, lease)), release, row)
 
 

@@ -47,7 +47,7 @@ class Tables(Transactions[S]):
         :raises RuntimeError: if it is missing, or that of event isolation where it is used, or if
             the latter is that of a former version
         """
-        for name in await self._with_tables(missing):
+        for name in await self._look(missing):
             raise RuntimeError(
                 f"table {name!r} is missing: create it with `await storage.create_table()`, "
                 "`metadata.create_all(engine)` or a migration"
@@ -55,7 +55,7 @@ class Tables(Transactions[S]):
         await self._check_columns()
 
     async def _check_columns(self) -> None:
-        for name, columns in await self._with_tables(lacking):
+        for name, columns in await self._look(lacking):
             if name == self._tables[0].fullname:
                 raise RuntimeError(
                     f"table {name!r} lacks the columns {', '.join(columns)}, to look conversations "
@@ -67,6 +67,12 @@ class Tables(Transactions[S]):
                 f"holds nothing but locks) by `DROP TABLE {name}` and call create_table() again, "
                 "or migrate it with Alembic"
             )
+
+    async def _look(self, function: Callable[[Connection, list[Table]], T]) -> T:
+        what = f"looking at table {self._tables[0].fullname!r}"
+        return await with_retries(
+            partial(self._with_tables, function), self._access.retry_for, what
+        )
 
     def _with_tables(self, function: Callable[[Connection, list[Table]], T]) -> Awaitable[T]:
         return self._in_own_transaction(
