@@ -22,6 +22,7 @@ from ._engine.access import Access
 from ._engine.calls import Call
 from ._engine.errors import in_short, is_missing_table
 from ._engine.factories import synchronous
+from ._engine.poolers import look
 from ._engine.retries import logger, with_retries_sync
 from ._engine.runner import Runner
 from ._leases import FIRST_PAUSE, SOON
@@ -146,7 +147,9 @@ def _run(runner: Runner, call: Call[T]) -> T:
         )
     session, _ = runner.open(call.bind_arguments)
     with runner.context(), synchronous(session) as own, own.begin():
-        return call.run(own.connection(dict(call.bind_arguments)))
+        connection = own.connection(dict(call.bind_arguments))
+        look(connection)
+        return call.run(connection)
 
 
 def _release(execute: Callable[..., None], release: Callable[[Connection], None], row: str) -> None:

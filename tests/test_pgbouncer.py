@@ -17,7 +17,11 @@ from backends import POSTGRESQL, Backend
 from chaos.drivers import BY_SQLALCHEMYS_RECIPE
 from chaos.servers import PGBOUNCER, PREPARING_PGBOUNCER, Server, pgbouncer, postgres
 from conftest import dispose
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import ArgumentError
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.pool import NullPool
 
 from hybrid_storage import SQLAlchemyStorage
 
@@ -27,6 +31,7 @@ FEW = {"default_pool_size": 3}  # so that servers are shared
 OLD: tuple[Any, ...] = PGBOUNCER, FEW
 NEW: tuple[Any, ...] = PREPARING_PGBOUNCER, {**FEW, "max_prepared_statements": 100}
 BY_SESSION: tuple[Any, ...] = PGBOUNCER, {"pool_mode": "session", "default_pool_size": 40}
+ONE_SESSION: tuple[Any, ...] = PGBOUNCER, {"pool_mode": "session", "default_pool_size": 1}
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +54,9 @@ def pooler(request: pytest.FixtureRequest, server: Server) -> Iterator[Server]:
 
 @asynccontextmanager
 async def opened(
-    backend: Backend, pooler: Server, **connect_args: Any
+    backend: Backend, pooler: Server, **options: Any
 ) -> AsyncIterator[SQLAlchemyStorage]:
-    engine = backend.engine(pooler.url, connect_args=connect_args)
+    engine = backend.engine(pooler.url, **options)
     storage = SQLAlchemyStorage(backend.factory(engine), table_name=f"fsm_{uuid.uuid4().hex}")
     try:
         yield storage
@@ -109,7 +114,7 @@ async def test_part_of_the_settings_works_or_is_refused(
 ) -> None:
     settings = dict(BY_SQLALCHEMYS_RECIPE["asyncpg"])
     del settings[lacking]
-    async with opened(ASYNCPG, pooler, **settings) as storage:
+    async with opened(ASYNCPG, pooler, connect_args=settings) as storage:
         if lacking == "statement_cache_size":  # of which SQLAlchemy's statements know nothing
             await storage.create_table()
             await storage.set_state(key, "Form:name")
@@ -132,8 +137,62 @@ async def test_part_of_the_settings_works_or_is_refused(
 async def test_asyncpg_works(
     pooler: Server, options: dict[str, Any], driver_statements: bool
 ) -> None:
-    async with opened(ASYNCPG, pooler, **options) as storage:
+    async with opened(ASYNCPG, pooler, connect_args=options) as storage:
         await works(storage, driver_statements=driver_statements)
+
+
+@pytest.mark.parametrize("backend", POSTGRESQL, ids=str)
+@pytest.mark.parametrize("pooler", [pytest.param(ONE_SESSION, id="by session")], indirect=True)
+async def test_a_pooler_without_servers_to_spare_works(
+    pooler: Server, backend: Backend, key: StorageKey
+) -> None:
+    """Nothing waits for a second server for as long as the pooler lets it: two minutes."""
+    began = time.monotonic()
+    async with opened(backend, pooler, pool_size=1, max_overflow=0) as storage:
+        await storage.create_table()
+        await storage.set_state(key, "Form:name")
+        assert await storage.get_state(key) == "Form:name"
+    assert time.monotonic() - began < 15
+
+
+@pytest.mark.parametrize("backend", POSTGRESQL[:2], ids=str)
+@pytest.mark.parametrize("pooler", [pytest.param(OLD, id="1.18")], indirect=True)
+async def test_psycopg_is_told_in_sessions_that_choose_their_engine(
+    pooler: Server, backend: Backend, key: StorageKey
+) -> None:
+    """They check out their connections themselves, as lock_sync() does."""
+    thresholds: list[int | None] = []
+
+    def note(connection: Connection, *_: object) -> None:
+        driver: Any = connection.connection.driver_connection
+        thresholds.append(driver.prepare_threshold)
+
+    engine = backend.engine(pooler.url, poolclass=NullPool)
+    synchronous = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+
+    class Choosing(Session):
+        def get_bind(self, *_: Any, **__: Any) -> Engine:
+            return synchronous
+
+    event.listen(Choosing, "after_begin", lambda *_: None)
+    factory: Any = sessionmaker(class_=Choosing)
+    if backend.is_async:
+        factory = async_sessionmaker(sync_session_class=Choosing)
+    storage = SQLAlchemyStorage(factory, table_name=f"fsm_{uuid.uuid4().hex}")
+    isolation = storage.create_isolation()
+    await storage.create_table()
+    event.listen(synchronous, "before_cursor_execute", note)
+    await storage.set_state(key, "Form:name")
+    if not backend.is_async:
+
+        def hold() -> None:
+            with isolation.lock_sync(key):
+                pass
+
+        await asyncio.to_thread(hold)
+    await isolation.close()
+    assert set(thresholds) == {None}
+    await dispose(engine)
 
 
 @pytest.mark.parametrize("backend", POSTGRESQL[:2], ids=str)

@@ -24,10 +24,10 @@ from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.exc import DBAPIError, UnboundExecutionError
 from sqlalchemy.orm import Session
 
-from . import poolers
 from .calls import Call, leave_wrong_server
 from .cancellation import InCallersTask, Interrupter, run_to_completion
 from .factories import check_bind, synchronous
+from .poolers import connect, look, needs_transactions, note
 from .slots import (
     HOLDS_WRITE_LOCK,
     Bind,
@@ -109,7 +109,7 @@ class Runner:
                 bind, call.writes, lambda pool: carry(session, bind, partial(work, pool))
             )
         except Exception as error:
-            poolers.note(bind.engine, error)
+            note(bind.engine, error)
             raise
 
     async def in_slot(
@@ -182,9 +182,6 @@ def _on_connection(
     with context(), exclusive(bind):
         is_counted_on = _is_counted_on(session, bind)
         if is_counted_on and session.bind is not bind:
-            if not poolers.has_looked_at(bind.engine):
-                with checked_out(bind, pool):
-                    pass
             return _in_session(session, call, interrupter)  # with rules of its own
         with checked_out(bind, pool) as connection:
             if is_counted_on:
@@ -199,6 +196,7 @@ def _in_session(session: Session, call: Call[T], interrupter: Interrupter) -> T:
     with session:
         session.begin()
         with interrupter.reaching(connection := session.connection(dict(call.bind_arguments))):
+            look(connection)
             result = call.run(connection)
         if call.writes:
             session.commit()
@@ -249,7 +247,7 @@ def checked_out(bind: Bind, pool: PoolState | None) -> Iterator[Connection]:
                 wrapped = DBAPIError.instance(None, None, error, base, dialect=bind.dialect)
                 raise wrapped from error
             with Connection(bind, pooled) as connection:
-                poolers.look(connection)
+                look(connection)
                 yield connection
         finally:
             spare.dispose()
@@ -257,7 +255,7 @@ def checked_out(bind: Bind, pool: PoolState | None) -> Iterator[Connection]:
         # Looked at last: the handlers take connections without asking.
         if pool.are_connections_taken(bind):
             raise PoolTaken
-        with poolers.connect(bind) as connection:
+        with connect(bind) as connection:
             pool.of_calls.add(connection)
             try:
                 yield connection
@@ -270,7 +268,7 @@ def checked_out(bind: Bind, pool: PoolState | None) -> Iterator[Connection]:
 
 def connected(bind: Bind) -> AbstractContextManager[Connection]:
     """Give a connection for the time of a handler."""
-    return nullcontext(bind) if isinstance(bind, Connection) else poolers.connect(bind)
+    return nullcontext(bind) if isinstance(bind, Connection) else connect(bind)
 
 
 def _is_counted_on(session: Session, bind: Bind) -> bool:
@@ -291,6 +289,6 @@ def _autocommits(bind: Bind) -> bool:
     """
     return (
         isinstance(bind.dialect, PGDialect)
-        and not poolers.needs_transactions(bind.engine)
+        and not needs_transactions(bind.engine)
         and not bind.dispatch.begin
     )
