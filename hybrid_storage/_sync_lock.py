@@ -24,7 +24,8 @@ from ._engine.errors import in_short, is_missing_table
 from ._engine.factories import synchronous
 from ._engine.poolers import look
 from ._engine.retries import logger, with_retries_sync
-from ._engine.runner import Runner
+from ._engine.runner import Runner, checked_out
+from ._engine.slots import are_connections_taken
 from ._leases import FIRST_PAUSE, SOON
 from ._sql.leases import Leases
 
@@ -145,11 +146,16 @@ def _run(runner: Runner, call: Call[T]) -> T:
             "synchronous code needs a storage with a synchronous sessionmaker: this one has an "
             "async_sessionmaker"
         )
-    session, _ = runner.open(call.bind_arguments)
-    with runner.context(), synchronous(session) as own, own.begin():
-        connection = own.connection(dict(call.bind_arguments))
-        look(connection)
-        return call.run(connection)
+    session, bind = runner.open(call.bind_arguments)
+    with runner.context(), synchronous(session) as own:
+        # The thread may hold one itself, and would wait for it.
+        if are_connections_taken(bind):
+            with checked_out(bind, None) as connection, connection.begin():
+                return call.run(connection)
+        with own.begin():
+            connection = own.connection(dict(call.bind_arguments))
+            look(connection)
+            return call.run(connection)
 
 
 def _release(execute: Callable[..., None], release: Callable[[Connection], None], row: str) -> None:

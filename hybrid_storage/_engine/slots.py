@@ -94,16 +94,20 @@ class PoolState:
                 turn.release()
 
     def are_connections_taken(self, bind: Bind, *, by_calls_too: bool = False) -> bool:
-        """Tell whether handlers hold all connections that the pool keeps.
+        """Tell whether handlers hold all connections that the pool keeps."""
+        return are_connections_taken(bind, 0 if by_calls_too else len(self.of_calls))
 
-        A handler that holds one while it waits for a call would wait for ever if that call waited
-        for the handler's connection.
-        """
-        if isinstance(bind, Connection) or not isinstance(bind.pool, QueuePool):
-            return False
-        size = bind.pool.size()
-        held = bind.pool.checkedout() - (0 if by_calls_too else len(self.of_calls))
-        return 0 < size <= held
+
+def are_connections_taken(bind: Bind, of_calls: int = 0) -> bool:
+    """Tell whether others hold all connections that a pool keeps.
+
+    Who holds one while waiting for a call would wait for ever if that call waited for it.
+
+    :param of_calls: how many are held by calls, which give them back soon
+    """
+    if isinstance(bind, Connection) or not isinstance(bind.pool, QueuePool):
+        return False
+    return 0 < bind.pool.size() <= bind.pool.checkedout() - of_calls
 
 
 # No state refers to its event loop or its pool: it goes when nobody else has them.
