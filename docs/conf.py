@@ -10,6 +10,7 @@ from hybrid_storage import __version__
 
 project = "hybrid_storage"
 author = "the hybrid_storage developers"
+copyright = author
 release = __version__
 html_title = f"hybrid_storage {release}"
 
