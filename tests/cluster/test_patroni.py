@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chaos.drivers import BY_SQLALCHEMYS_RECIPE, DRIVERS, TIMEOUTS, Options
+from chaos.drivers import BEHIND_PGBOUNCER, DRIVERS, TIMEOUTS, Options
 from chaos.outcome import Outcome
 from chaos.scenario import Scenario
 from chaos.servers import Server, pgbouncer
@@ -212,6 +212,6 @@ def test_patroni_behind_pgbouncer(
         cluster,
         fault,
         url=pooler.url,
-        connect_args=BY_SQLALCHEMYS_RECIPE,
+        connect_args=BEHIND_PGBOUNCER,
         retry_for=RETRY_FOR,
     )
