@@ -15,7 +15,14 @@ import pytest
 from aiogram.fsm.storage.base import StorageKey
 from backends import POSTGRESQL, Backend
 from chaos.drivers import BEHIND_PGBOUNCER
-from chaos.servers import PGBOUNCER, PREPARING_PGBOUNCER, Server, pgbouncer, postgres
+from chaos.servers import (
+    PGBOUNCER,
+    PREPARING,
+    PREPARING_PGBOUNCER,
+    Server,
+    pgbouncer,
+    postgres,
+)
 from conftest import dispose
 from sqlalchemy.exc import ArgumentError
 
@@ -25,7 +32,7 @@ SETTINGS = r"statement_cache_size.*prepared_statement_cache_size.*prepared_state
 ASYNCPG = POSTGRESQL[2]
 FEW = {"default_pool_size": 3}  # so that servers are shared
 OLD: tuple[Any, ...] = PGBOUNCER, FEW
-NEW: tuple[Any, ...] = PREPARING_PGBOUNCER, {**FEW, "max_prepared_statements": 100}
+NEW: tuple[Any, ...] = PREPARING_PGBOUNCER, {**FEW, **PREPARING}
 BY_SESSION: tuple[Any, ...] = PGBOUNCER, {"pool_mode": "session", "default_pool_size": 40}
 
 

@@ -25,6 +25,8 @@ PREPARING_PGBOUNCER = shutil.which(
     os.environ.get("HYBRID_STORAGE_PGBOUNCER", "/opt/pgbouncer/bin/pgbouncer")
 )
 """One that knows prepared statements, which ``tests/cluster/install_pgbouncer.sh`` makes."""
+PREPARING: dict[str, object] = {"max_prepared_statements": 100}
+"""Its setting, as the documentation has it."""
 SERVERS = ["postgresql", *["mysql"] * all(MARIADBD)]
 """Which can be started here, by SQLAlchemy's names."""
 _PATIENCE = 60  # seconds for a server to start or to stop

@@ -15,7 +15,7 @@ from sqlalchemy.pool import NullPool
 from .drivers import BEHIND_PGBOUNCER, DRIVERS, TIMEOUTS, Options
 from .proxy import Proxy
 from .scenario import Scenario
-from .servers import PGBOUNCER, SERVERS, Server
+from .servers import PGBOUNCER, PREPARING_PGBOUNCER, SERVERS, Server
 from .writer import CLIENTS
 
 
@@ -131,14 +131,20 @@ def test_calls_cancelled(scenario: Scenario, url: URL) -> None:
     scenario.judge(url)
 
 
-@pytest.mark.parametrize("server", ["pgbouncer"] * bool(PGBOUNCER), indirect=True)
+@pytest.mark.parametrize(
+    ("server", "connect_args"),
+    [
+        *[pytest.param("pgbouncer", BEHIND_PGBOUNCER, id="pgbouncer")] * bool(PGBOUNCER),
+        *[pytest.param("preparing_pgbouncer", {}, id="pgbouncer that prepares")]
+        * bool(PREPARING_PGBOUNCER),
+    ],
+    indirect=["server"],
+)
 def test_pooler_killed(
-    scenario: Scenario,
-    server: Server,
-    postgresql_server: Server,
+    scenario: Scenario, server: Server, connect_args: Options, postgresql_server: Server
 ) -> None:
     """PgBouncer in transaction mode, where statements of a client meet different servers."""
-    hire(scenario, server.url, connect_args=BEHIND_PGBOUNCER)
+    hire(scenario, server.url, connect_args=connect_args)
     faults = 0
     for _ in scenario.at_work():
         faults += 1
