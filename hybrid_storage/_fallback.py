@@ -116,9 +116,7 @@ class Fallback:
             try:
                 await self._settle(key, row)
             except Exception as error:
-                logger.warning(
-                    "%r is here, and is not yet removed there: %s", row, in_short(error)
-                )
+                logger.warning("%r is here, and is not yet removed there: %s", row, in_short(error))
 
     async def _settle(self, key: StorageKey, row: str) -> None:
         """Move a conversation here, and remove it there."""

@@ -257,3 +257,23 @@ async def test_the_settings_of_a_connection_are_those_of_the_server(
     for what in whats:
         name, value = strings.time_out(backend, what).split(" = ")
         assert await storage.run_sync(shown, name) == value.strip("'")
+
+
+# A time-out in the caller's task, which drivers make by cancelling that task
+
+
+@pytest.mark.parametrize("backend", [POSTGRESQL[2], *MARIADB[1:]], ids=str)
+async def test_a_drivers_time_out_is_not_taken_for_a_cancellation(
+    backend: Backend, proxy: Proxy, open_storage: Open
+) -> None:
+    storage = await behind(open_storage, backend, proxy, "connecting", "a silent network")
+
+    def one(session: Session) -> object:
+        return session.scalar(text("SELECT 1"))
+
+    with anyio.fail_after(PATIENCE):
+        with proxy.gone():
+            for _ in range(2):  # on the pooled connection, and while connecting
+                with pytest.raises((DBAPIError, OSError, asyncio.TimeoutError)):
+                    await storage.run_sync(one)
+        assert await storage.run_sync(one) == 1
