@@ -21,7 +21,15 @@ from anyio import to_thread
 from backends import POSTGRESQL, Backend
 from blocking import until
 from chaos.proxy import free_port
-from chaos.servers import MARIADBD, PGBOUNCER, Server, mariadb, pgbouncer, postgres
+from chaos.servers import (
+    GALERA,
+    MARIADBD,
+    PGBOUNCER,
+    Server,
+    galera_node_at,
+    pgbouncer,
+    postgres,
+)
 from conftest import Open
 from sqlalchemy import URL, Connection, Engine, create_engine
 from sqlalchemy.exc import DBAPIError, OperationalError
@@ -43,7 +51,6 @@ OF_MYSQL = [
     Backend("mysqlconnector", "mariadb", "mysqlconnector", is_async=False),
 ]
 HAPROXY = shutil.which("haproxy")
-GALERA = next(Path("/usr/lib").glob("**/libgalera_smm.so"), None)
 # Left out, rather than skipped, where a program is not installed.
 POOLED = OF_POSTGRESQL if PGBOUNCER else []
 PROXIED = [*OF_POSTGRESQL, *OF_MYSQL] if HAPROXY else []
@@ -358,26 +365,11 @@ def node() -> Iterator[URL]:
     """Return the URL of a node, for a user without the rights of ``root``."""
     with TemporaryDirectory() as folder:
         options = {
-            "wsrep-on": "ON",
-            "wsrep-provider": GALERA,
-            "wsrep-cluster-address": "gcomm://",
-            "wsrep-node-address": "127.0.0.1",
-            "wsrep-provider-options": f"base_port={free_port()};gcache.size=16M"
-            f";ist.recv_addr=127.0.0.1:{free_port()}",
-            "binlog-format": "ROW",
-            "innodb-autoinc-lock-mode": 2,
             "secure-file-priv": folder,
             "max-user-connections": 100,  # or it could not be changed
         }
-        url = mariadb(Path(folder)).url  # there are tables for the server now
-        assert MARIADBD[0] is not None
-        command = [
-            *(MARIADBD[0], "--no-defaults", f"--datadir={folder}", f"--socket={folder}/socket"),
-            *(f"--port={url.port}", "--bind-address=127.0.0.1", "--user=root"),
-            *("--skip-name-resolve", "--innodb-buffer-pool-size=16M"),
-            *(f"--{name}={value}" for name, value in options.items()),
-        ]
-        with Server(url, command, None, signal.SIGKILL).running():
+        with galera_node_at(Path(folder), **options).running() as server:
+            url = server.url
             run(
                 url,
                 "CREATE TABLE t (i INTEGER PRIMARY KEY)",

@@ -14,8 +14,15 @@ from typing import Any
 import pytest
 from aiogram.fsm.storage.base import StorageKey
 from backends import POSTGRESQL, Backend
-from chaos.drivers import BY_SQLALCHEMYS_RECIPE
-from chaos.servers import PGBOUNCER, PREPARING_PGBOUNCER, Server, pgbouncer, postgres
+from chaos.drivers import BEHIND_PGBOUNCER
+from chaos.servers import (
+    PGBOUNCER,
+    PREPARING,
+    PREPARING_PGBOUNCER,
+    Server,
+    pgbouncer,
+    postgres,
+)
 from conftest import dispose
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import ArgumentError
@@ -29,7 +36,7 @@ SETTINGS = r"statement_cache_size.*prepared_statement_cache_size.*prepared_state
 ASYNCPG = POSTGRESQL[2]
 FEW = {"default_pool_size": 3}  # so that servers are shared
 OLD: tuple[Any, ...] = PGBOUNCER, FEW
-NEW: tuple[Any, ...] = PREPARING_PGBOUNCER, {**FEW, "max_prepared_statements": 100}
+NEW: tuple[Any, ...] = PREPARING_PGBOUNCER, {**FEW, **PREPARING}
 BY_SESSION: tuple[Any, ...] = PGBOUNCER, {"pool_mode": "session", "default_pool_size": 40}
 ONE_SESSION: tuple[Any, ...] = PGBOUNCER, {"pool_mode": "session", "default_pool_size": 1}
 
@@ -107,12 +114,12 @@ async def test_the_first_call_names_the_settings_that_asyncpg_lacks(
         assert time.monotonic() - began < 10  # nothing of it was retried
 
 
-@pytest.mark.parametrize("lacking", sorted(BY_SQLALCHEMYS_RECIPE["asyncpg"]))
+@pytest.mark.parametrize("lacking", sorted(BEHIND_PGBOUNCER["asyncpg"]))
 @pytest.mark.parametrize("pooler", [pytest.param(OLD, id="1.18")], indirect=True)
 async def test_part_of_the_settings_works_or_is_refused(
     pooler: Server, lacking: str, key: StorageKey
 ) -> None:
-    settings = dict(BY_SQLALCHEMYS_RECIPE["asyncpg"])
+    settings = dict(BEHIND_PGBOUNCER["asyncpg"])
     del settings[lacking]
     async with opened(ASYNCPG, pooler, connect_args=settings) as storage:
         if lacking == "statement_cache_size":  # of which SQLAlchemy's statements know nothing
@@ -127,8 +134,8 @@ async def test_part_of_the_settings_works_or_is_refused(
 @pytest.mark.parametrize(
     ("pooler", "options"),
     [
-        pytest.param(OLD, BY_SQLALCHEMYS_RECIPE["asyncpg"], id="1.18, told"),
-        pytest.param(NEW, BY_SQLALCHEMYS_RECIPE["asyncpg"], id="1.21, told"),
+        pytest.param(OLD, BEHIND_PGBOUNCER["asyncpg"], id="1.18, told"),
+        pytest.param(NEW, BEHIND_PGBOUNCER["asyncpg"], id="1.21, told"),
         pytest.param(NEW, {}, id="1.21"),
         pytest.param(BY_SESSION, {}, id="by session"),
     ],

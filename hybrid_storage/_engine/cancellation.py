@@ -33,6 +33,10 @@ _ending: set[asyncio.Future[None]] = set()
 _completing: ContextVar[asyncio.Task[Any] | None] = ContextVar("completing", default=None)
 
 
+def _always() -> bool:
+    return True
+
+
 class StatementCancelledError(asyncio.CancelledError):
     """The caller was cancelled: the worker must not go on to the next step."""
 
@@ -47,7 +51,7 @@ class Interrupter:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._driver_connection: Any = None
-        self._is_requested = False
+        self._is_requested: Callable[[], bool] = bool  # which is False
 
     @contextmanager
     def reaching(self, connection: Connection) -> Iterator[None]:
@@ -68,13 +72,16 @@ class Interrupter:
                 self._refuse_if_requested()
 
     def _refuse_if_requested(self) -> None:
-        if self._is_requested:
+        if self._is_requested():
             raise StatementCancelledError
 
-    def request(self) -> None:
-        """End the statement under way, if there is one. Blocks until the server has answered."""
+    def request(self, still: Callable[[], bool] = _always) -> None:
+        """End the statement under way, if there is one. Blocks until the server has answered.
+
+        :param still: tells later on whether the caller is cancelled, or was not meant
+        """
         with self._lock:
-            self._is_requested = True
+            self._is_requested = still
             _end_statement(self._driver_connection)
 
     async def request_until(
@@ -118,7 +125,8 @@ class InCallersTask(Awaitable[T]):
     """Awaits in the caller's task, and ends the statement under way before a cancellation passes.
 
     Passed first, it would have SQLAlchemy close the connection, and aiosqlite's thread does that
-    after the statement.
+    after the statement. A driver's time-out cancels the task as well, and takes that back as soon
+    as it has caught it: the caller is not to be told of that one.
     """
 
     def __init__(self, coroutine: Awaitable[T], interrupter: Interrupter) -> None:
@@ -129,11 +137,17 @@ class InCallersTask(Awaitable[T]):
         """Await the coroutine."""
         steps = self._coroutine.__await__()
         step: Callable[[], Any] = partial(next, steps)
+        is_cancelled = _cancelled_since_now()
         cancellation: asyncio.CancelledError | None = None
         shield: CancelScope | None = None
         try:
             while True:
-                awaited = step()
+                try:
+                    awaited = step()
+                finally:
+                    if shield is not None and not is_cancelled():
+                        shield.__exit__(None, None, None)
+                        cancellation = shield = None
                 try:
                     step = partial(steps.send, (yield awaited))
                 except BaseException as error:
@@ -142,7 +156,7 @@ class InCallersTask(Awaitable[T]):
                         # anyio would cancel again in each turn of the loop, and interrupt what
                         # the driver does to cancel at the server.
                         shield = CancelScope(shield=True).__enter__()
-                        self._interrupter.request()
+                        self._interrupter.request(is_cancelled)
                     step = partial(steps.throw, error)
         except StopIteration as stop:
             if cancellation is not None:
@@ -157,6 +171,15 @@ class InCallersTask(Awaitable[T]):
         finally:
             if shield is not None:
                 shield.__exit__(None, None, None)
+
+
+def _cancelled_since_now() -> Callable[[], bool]:
+    """Return what tells whether somebody has cancelled this task, and not taken it back."""
+    cancelling = getattr(asyncio.current_task(), "cancelling", None)
+    if cancelling is None:  # before Python 3.11 it is not told
+        return _always
+    before = cancelling()
+    return lambda: cancelling() > before
 
 
 class _CancelledOnce(asyncio.Task[T]):

@@ -11,7 +11,16 @@ from sqlalchemy import URL
 
 from .crew import SECONDS
 from .scenario import report, scenario
-from .servers import MARIADBD, PGBOUNCER, Server, mariadb, pgbouncer, postgres
+from .servers import (
+    MARIADBD,
+    PGBOUNCER,
+    PREPARING,
+    PREPARING_PGBOUNCER,
+    Server,
+    mariadb,
+    pgbouncer,
+    postgres,
+)
 
 __all__ = ["report", "scenario"]  # fixtures
 
@@ -22,7 +31,9 @@ def pytest_report_header() -> list[str]:
         f"chaos: {SECONDS:g} s of faults in each scenario",
         "MariaDB to kill: "
         + (MARIADBD[0] or "mariadbd is not installed, its scenarios are left out"),
-        "PgBouncer: " + (PGBOUNCER or "not installed, its scenario is left out"),
+        "PgBouncer: " + (PGBOUNCER or "not installed, its scenarios are left out"),
+        "PgBouncer that prepares statements: "
+        + (PREPARING_PGBOUNCER or "not found, its scenario is left out; see install_pgbouncer.sh"),
     ]
 
 
@@ -54,6 +65,15 @@ def pgbouncer_server(folder: Path, postgresql_server: Server) -> Iterator[Server
     """Return a PgBouncer before the PostgreSQL server that may be killed."""
     (folder / "pgbouncer").mkdir()
     with pgbouncer(folder / "pgbouncer", postgresql_server).running() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def preparing_pgbouncer_server(folder: Path, postgresql_server: Server) -> Iterator[Server]:
+    """Return a PgBouncer that knows prepared statements, and may be killed."""
+    inner = folder / "preparing_pgbouncer"
+    inner.mkdir()
+    with pgbouncer(inner, postgresql_server, PREPARING_PGBOUNCER, **PREPARING).running() as server:
         yield server
 
 

@@ -60,26 +60,20 @@ IMPATIENCE = _per_driver(
 )
 """A lock is an error at once."""
 
-BEHIND_PGBOUNCER = _per_driver(
-    {
-        "psycopg": {"prepare_threshold": None},
-        "asyncpg": {"statement_cache_size": 0},
-    }
-)
-"""A statement may meet another server than the one before it."""
-
 
 def unique_name() -> str:
     """Return a name for a prepared statement."""
     return f"__asyncpg_{uuid.uuid4()}__"
 
 
-BY_SQLALCHEMYS_RECIPE = {
-    **BEHIND_PGBOUNCER,
-    "asyncpg": {
-        "statement_cache_size": 0,
-        "prepared_statement_cache_size": 0,
-        "prepared_statement_name_func": unique_name,
-    },
-}
-"""The same as SQLAlchemy's documentation has it, which suffices for transactions."""
+BEHIND_PGBOUNCER = _per_driver(
+    {
+        "psycopg": {"prepare_threshold": None},
+        "asyncpg": {
+            "statement_cache_size": 0,
+            "prepared_statement_cache_size": 0,
+            "prepared_statement_name_func": unique_name,
+        },
+    }
+)
+"""A transaction may meet another server than the one before it, which has prepared other things."""

@@ -20,11 +20,15 @@ from sqlalchemy.pool import NullPool
 from .proxy import free_port
 
 MARIADBD = shutil.which("mariadbd"), shutil.which("mariadb-install-db")
+GALERA = next(Path("/usr/lib").glob("**/libgalera_smm.so"), None)
+"""The library that makes a node of a MariaDB server."""
 PGBOUNCER = shutil.which("pgbouncer")
 PREPARING_PGBOUNCER = shutil.which(
     os.environ.get("HYBRID_STORAGE_PGBOUNCER", "/opt/pgbouncer/bin/pgbouncer")
 )
 """One that knows prepared statements, which ``tests/cluster/install_pgbouncer.sh`` makes."""
+PREPARING: dict[str, object] = {"max_prepared_statements": 100}
+"""Its setting, as the documentation has it."""
 SERVERS = ["postgresql", *["mysql"] * all(MARIADBD)]
 """Which can be started here, by SQLAlchemy's names."""
 _PATIENCE = 60  # seconds for a server to start or to stop
@@ -152,6 +156,34 @@ def mariadb(folder: Path) -> Server:
         "--max-connections=200",
     ]
     url = URL.create("mysql+pymysql", "root", None, "127.0.0.1", port, "test")
+    return Server(url, command, None, signal.SIGKILL)
+
+
+def galera_node_at(folder: Path, **settings: object) -> Server:
+    """Return a MariaDB server that is a Galera cluster by itself.
+
+    :param folder: an empty folder for its data
+    :param settings: more of the server's options
+    """
+    url = mariadb(folder).url  # there are tables for the server now
+    assert MARIADBD[0] is not None, "MariaDB is not installed"
+    options = {
+        "wsrep-on": "ON",
+        "wsrep-provider": GALERA,
+        "wsrep-cluster-address": "gcomm://",
+        "wsrep-node-address": "127.0.0.1",
+        "wsrep-provider-options": f"base_port={free_port()};gcache.size=16M"
+        f";ist.recv_addr=127.0.0.1:{free_port()}",
+        "binlog-format": "ROW",
+        "innodb-autoinc-lock-mode": 2,
+        **settings,
+    }
+    command = [
+        *(MARIADBD[0], "--no-defaults", f"--datadir={folder}", f"--socket={folder}/socket"),
+        *(f"--port={url.port}", "--bind-address=127.0.0.1", "--user=root"),
+        *("--skip-name-resolve", "--innodb-buffer-pool-size=16M"),
+        *(f"--{name}={value}" for name, value in options.items()),
+    ]
     return Server(url, command, None, signal.SIGKILL)
 
 

@@ -12,10 +12,10 @@ from sqlalchemy import URL, create_engine, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 
-from .drivers import BY_SQLALCHEMYS_RECIPE, DRIVERS, TIMEOUTS, Options
+from .drivers import BEHIND_PGBOUNCER, DRIVERS, TIMEOUTS, Options
 from .proxy import Proxy
 from .scenario import Scenario
-from .servers import PGBOUNCER, SERVERS, Server
+from .servers import PGBOUNCER, PREPARING_PGBOUNCER, SERVERS, Server
 from .writer import CLIENTS
 
 
@@ -131,14 +131,20 @@ def test_calls_cancelled(scenario: Scenario, url: URL) -> None:
     scenario.judge(url)
 
 
-@pytest.mark.parametrize("server", ["pgbouncer"] * bool(PGBOUNCER), indirect=True)
+@pytest.mark.parametrize(
+    ("server", "connect_args"),
+    [
+        *[pytest.param("pgbouncer", BEHIND_PGBOUNCER, id="pgbouncer")] * bool(PGBOUNCER),
+        *[pytest.param("preparing_pgbouncer", {}, id="pgbouncer that prepares")]
+        * bool(PREPARING_PGBOUNCER),
+    ],
+    indirect=["server"],
+)
 def test_pooler_killed(
-    scenario: Scenario,
-    server: Server,
-    postgresql_server: Server,
+    scenario: Scenario, server: Server, connect_args: Options, postgresql_server: Server
 ) -> None:
     """PgBouncer in transaction mode, where statements of a client meet different servers."""
-    hire(scenario, server.url, connect_args=BY_SQLALCHEMYS_RECIPE)
+    hire(scenario, server.url, connect_args=connect_args)
     faults = 0
     for _ in scenario.at_work():
         faults += 1
@@ -162,7 +168,7 @@ def test_pooler_mixes_statements(
     for _ in range(3):
         scenario.hire(
             url,
-            connect_args=BY_SQLALCHEMYS_RECIPE["asyncpg"],
+            connect_args=BEHIND_PGBOUNCER["asyncpg"],
             execution_options=by_sqlalchemy,
         )
     for _ in scenario.at_work():
@@ -179,7 +185,7 @@ def test_pooler_forgets_statements(
     scenario.hire(server.url.set(drivername="postgresql+psycopg"))
     scenario.hire(server.url.set(drivername="postgresql+psycopg"))
     asyncpg = server.url.set(drivername="postgresql+asyncpg")
-    scenario.hire(asyncpg, connect_args=BY_SQLALCHEMYS_RECIPE["asyncpg"])
+    scenario.hire(asyncpg, connect_args=BEHIND_PGBOUNCER["asyncpg"])
     for _ in scenario.at_work():
         time.sleep(0.2)
     outcome = scenario.judge(postgresql_server.url, faults=1)

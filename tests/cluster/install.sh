@@ -15,3 +15,6 @@ DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
     iproute2 util-linux \
     postgresql patroni python3-etcd etcd-server etcd-client haproxy pgbouncer \
     mariadb-server mariadb-backup galera-4 rsync
+
+# The release's PgBouncer may be older than 1.21, which was the first to know prepared statements.
+"$(dirname "$0")/install_pgbouncer.sh"

@@ -36,7 +36,8 @@ MISSING = [name for name, found in _NEEDED.items() if not found]
 
 _USER = "postgres"
 _REST, _SQL, _ETCD, _PEERS = 8008, 5432, 2379, 2380  # ports
-_CHECK = ["option httpchk OPTIONS /primary", "http-check expect status 200"]
+CHECK = ["option httpchk OPTIONS /primary", "http-check expect status 200"]
+"""By which HAProxy finds the leader."""
 _SETTINGS = {
     "max_connections": 300,
     "shared_buffers": "32MB",
@@ -251,7 +252,7 @@ def patroni(folder: Path) -> Iterator[Patroni]:
             for host in members:
                 cluster.start(host)
             servers = [f"{host.address}:{_SQL}" for host in members]
-            with haproxy(folder, {port: servers}, _CHECK, f"port {_REST}"):
+            with haproxy(folder, {port: servers}, CHECK, f"port {_REST}"):
                 cluster.wait_until_whole()
                 yield cluster
     finally:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chaos.drivers import BY_SQLALCHEMYS_RECIPE, DRIVERS, TIMEOUTS, Options
+from chaos.drivers import BEHIND_PGBOUNCER, DRIVERS, TIMEOUTS, Options
 from chaos.outcome import Outcome
 from chaos.scenario import Scenario
-from chaos.servers import Server, pgbouncer
+from chaos.servers import PREPARING, PREPARING_PGBOUNCER, Server, pgbouncer
 from sqlalchemy import URL
 
 from .conftest import SHORT
@@ -50,8 +50,21 @@ def asynchronous(cluster: Patroni) -> Iterator[None]:
 @pytest.fixture
 def pooler(cluster: Patroni, tmp_path: Path) -> Iterator[Server]:
     """Return a PgBouncer in transaction mode before the leader."""
-    with pgbouncer(tmp_path, Server(cluster.url, [], None, signal.SIGKILL)).running() as server:
+    with pgbouncer(tmp_path, leader_of(cluster)).running() as server:
         yield server
+
+
+@pytest.fixture
+def preparing_pooler(cluster: Patroni, tmp_path: Path) -> Iterator[Server]:
+    """Return a PgBouncer that prepares statements itself."""
+    leader = leader_of(cluster)
+    with pgbouncer(tmp_path, leader, PREPARING_PGBOUNCER, **PREPARING).running() as server:
+        yield server
+
+
+def leader_of(cluster: Patroni) -> Server:
+    """Return the leader, whichever it is, as a server that runs already."""
+    return Server(cluster.url, [], None, signal.SIGKILL)
 
 
 def switchover(cluster: Patroni, probe: Probe) -> None:
@@ -212,6 +225,14 @@ def test_patroni_behind_pgbouncer(
         cluster,
         fault,
         url=pooler.url,
-        connect_args=BY_SQLALCHEMYS_RECIPE,
+        connect_args=BEHIND_PGBOUNCER,
         retry_for=RETRY_FOR,
     )
+
+
+@pytest.mark.parametrize("fault", [switchover] * bool(PREPARING_PGBOUNCER))
+def test_patroni_behind_preparing_pgbouncer(
+    scenario: Scenario, cluster: Patroni, preparing_pooler: Server, fault: Fault
+) -> None:
+    """Nobody is told of the pooler, which prepares all statements on the new leader as well."""
+    run(scenario, cluster, fault, url=preparing_pooler.url, retry_for=RETRY_FOR)
