@@ -322,6 +322,29 @@ async def test_a_user_that_a_pooler_does_not_know_does_not_pass(
     assert not is_transient(error), repr(error)
 
 
+# The others lose the answer when the pooler hangs up.
+@pytest.mark.parametrize("backend", POOLED[: len(POSTGRESQL)], ids=str)
+async def test_a_pooler_that_has_no_transactions_does_not_pass(
+    backend: Backend, behind: Server
+) -> None:
+    with pooled(behind) as url:
+        tell(url, "SET pool_mode = 'statement'")
+        error = await error_of(backend, url, "BEGIN", "SELECT 1")
+    assert "statement pooling mode" in str(error)
+    assert not is_transient(error), repr(error)
+
+
+@with_pgbouncer
+async def test_a_login_that_a_pooler_rejects_does_not_pass(
+    backend: Backend, behind: Server
+) -> None:
+    with pooled(behind) as url:
+        tell(url, "SET auth_type = 'hba'")  # without a rule that lets anybody in
+        error = await error_of(backend, url)
+    assert "login rejected" in str(error)
+    assert not is_transient(error), repr(error)
+
+
 @contextmanager
 def proxied(check: str) -> Iterator[int]:
     """Run an HAProxy before a server that is not there, and give its port.
