@@ -182,6 +182,26 @@ async def test_a_pooled_connection_to_a_server_that_is_read_only_by_now_is_given
     assert await storage.get_state(key) == "Form:name"
 
 
+@pytest.mark.parametrize("backend", POSTGRESQL, ids=str)
+async def test_an_application_may_say_read_only_and_go_on_at_a_savepoint(
+    backend: Backend, open_storage: Open, key: StorageKey
+) -> None:
+    """The answer is that of an old primary; the transaction goes on all the same."""
+    storage = await open_storage(backend)
+    await storage.set_state(key, "Form:name")
+
+    def begin(session: Session) -> Any:
+        session.connection().exec_driver_sql("SET TRANSACTION READ ONLY")
+        return session.begin_nested()
+
+    async with storage.transaction():
+        savepoint = await storage.run_sync(begin)
+        with pytest.raises(DBAPIError):
+            await storage.set_state(key, "Form:age")
+        await storage.run_sync(lambda session: savepoint.rollback())
+        assert await storage.get_state(key) == "Form:name"
+
+
 @with_galera
 async def test_that_a_server_is_read_only_is_told_from_other_options(
     backend: Backend, node: URL
@@ -306,6 +326,29 @@ async def test_a_user_that_a_pooler_does_not_know_does_not_pass(
 ) -> None:
     with pooled(behind) as url:
         error = await error_of(backend, url.set(username="nobody_of_that_name"))
+    assert not is_transient(error), repr(error)
+
+
+# The others lose the answer when the pooler hangs up.
+@pytest.mark.parametrize("backend", POOLED[: len(POSTGRESQL)], ids=str)
+async def test_a_pooler_that_has_no_transactions_does_not_pass(
+    backend: Backend, behind: Server
+) -> None:
+    with pooled(behind) as url:
+        tell(url, "SET pool_mode = 'statement'")
+        error = await error_of(backend, url, "BEGIN", "SELECT 1")
+    assert "statement pooling mode" in str(error)
+    assert not is_transient(error), repr(error)
+
+
+@with_pgbouncer
+async def test_a_login_that_a_pooler_rejects_does_not_pass(
+    backend: Backend, behind: Server
+) -> None:
+    with pooled(behind) as url:
+        tell(url, "SET auth_type = 'hba'")  # without a rule that lets anybody in
+        error = await error_of(backend, url)
+    assert "login rejected" in str(error)
     assert not is_transient(error), repr(error)
 
 

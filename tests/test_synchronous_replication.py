@@ -7,6 +7,7 @@ to take it for written, or a failover would lose it.
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -19,7 +20,8 @@ from backends import POSTGRESQL, Backend
 from blocking import until
 from chaos.servers import Server, postgres
 from conftest import dispose
-from sqlalchemy import Connection, Engine, create_engine
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import NullPool
 
 from hybrid_storage import SQLAlchemyEventIsolation, SQLAlchemyStorage
@@ -81,11 +83,18 @@ def standby(server: Server) -> Standby:
 
 
 @pytest.fixture
+async def engine(backend: Backend, server: Server) -> AsyncIterator[Engine | AsyncEngine]:
+    """Return an engine."""
+    engine = backend.engine(server.url)
+    yield engine
+    await dispose(engine)
+
+
+@pytest.fixture
 async def opened(
-    backend: Backend, server: Server
+    backend: Backend, engine: Engine | AsyncEngine
 ) -> AsyncIterator[tuple[SQLAlchemyStorage, SQLAlchemyEventIsolation]]:
     """Return a storage, and its isolation with a unit of work."""
-    engine = backend.engine(server.url)
     storage: SQLAlchemyStorage = SQLAlchemyStorage(backend.factory(engine))
     isolation = storage.create_isolation(
         unit_of_work=True, driver_statements=backend.driver_statements
@@ -94,7 +103,6 @@ async def opened(
     await storage.set_data(KEY, {"n": 1})
     yield storage, isolation
     await isolation.close()
-    await dispose(engine)
 
 
 @asynccontextmanager
@@ -120,6 +128,58 @@ async def test_a_write_is_not_acknowledged_while_no_standby_has_it(
     async with unacknowledged(standby, lambda: storage.clear(KEY)):
         await until_is(storage, {})
     assert await storage.get_data(KEY) == {}
+
+
+@pytest.mark.parametrize("backend", POSTGRESQL, ids=str)
+async def test_a_listener_for_transactions_changes_nothing_about_that(
+    standby: Standby,
+    opened: tuple[SQLAlchemyStorage, SQLAlchemyEventIsolation],
+    engine: Engine | AsyncEngine,
+) -> None:
+    """Then each call has a transaction around it, whose end is to wait."""
+    storage, _ = opened
+    synchronous = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+    event.listen(synchronous, "begin", lambda connection: None)
+    async with unacknowledged(standby, lambda: storage.clear(KEY)):
+        await until_is(storage, {})
+
+
+@pytest.mark.parametrize("backend", POSTGRESQL, ids=str)
+async def test_without_synchronous_standbys_a_repeated_write_needs_no_rights_of_its_own(
+    server: Server,
+    opened: tuple[SQLAlchemyStorage, SQLAlchemyEventIsolation],
+    engine: Engine | AsyncEngine,
+) -> None:
+    storage, _ = opened
+    role = f"r{uuid.uuid4().hex}"
+    owner = create_engine(server.url, isolation_level="AUTOCOMMIT")
+    with owner.connect() as connection:
+        functions = (
+            "SELECT oid::regprocedure FROM pg_proc WHERE proname = 'pg_logical_emit_message'"
+        )
+        for statement in (
+            *(
+                f"REVOKE EXECUTE ON FUNCTION {function} FROM PUBLIC"
+                for function in connection.exec_driver_sql(functions).scalars()
+            ),
+            f"CREATE ROLE {role}",
+            f"GRANT ALL ON {storage.table.name} TO {role}",
+        ):
+            connection.exec_driver_sql(statement)
+    owner.dispose()
+    failures = iter([ConnectionError("the first attempt fails")])
+
+    def become(connection: Connection, *_: object) -> None:
+        for failure in failures:
+            raise failure
+        cursor = connection.connection.cursor()
+        cursor.execute(f"SET ROLE {role}")
+        cursor.close()
+
+    synchronous = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+    event.listen(synchronous, "before_cursor_execute", become)
+    await storage.set_data(KEY, {"n": 2})
+    assert await storage.get_data(KEY) == {"n": 2}
 
 
 @pytest.mark.parametrize("backend", POSTGRESQL, ids=str)

@@ -13,10 +13,8 @@ from .errors import is_missing_column, is_missing_table, is_of_the_wrong_server
 
 T = TypeVar("T")
 
-_WRITE_TO_LOG = (
-    "SELECT CASE WHEN current_setting('synchronous_standby_names') <> '' "
-    "THEN CAST(pg_logical_emit_message(true, 'hybrid_storage', '') AS TEXT) END"
-)
+_STANDBYS = "SELECT current_setting('synchronous_standby_names', true)"
+_WRITE_TO_LOG = "SELECT CAST(pg_logical_emit_message(true, 'hybrid_storage', '') AS TEXT)"
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class Call(Generic[T]):
 
 def confirmation(call: Call[Any]) -> Call[None]:
     """Return a call that ends when what is committed by now is where commits have to be."""
-    return replace(call, function=_wait_for_standbys, writes=False, in_transaction=False)
+    return replace(call, function=_wait_for_standbys, writes=True, in_transaction=False)
 
 
 def _wait_for_standbys(connection: Connection) -> None:
@@ -74,7 +72,9 @@ def _wait_for_standbys(connection: Connection) -> None:
     wait ends: the commit stays, and others see it, though no standby may have it. Another commit
     waits for all before it, if it has written something; reading would not do.
     """
-    if connection.dialect.name == "postgresql":
+    if connection.dialect.name != "postgresql":
+        return
+    if connection.exec_driver_sql(_STANDBYS).scalar():  # in two: not everybody may do the second
         connection.exec_driver_sql(_WRITE_TO_LOG)
 
 

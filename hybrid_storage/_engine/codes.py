@@ -66,11 +66,15 @@ TRANSIENT_TEXTS_OF_STATES: dict[str, re.Pattern[str]] = {
         re.IGNORECASE,
     ),
 }
+# PgBouncer has one code for everything. Provoked: these are settings that are wrong. (From its
+# source: what it requires.)
+_SETTINGS_OF_PGBOUNCER = re.compile(
+    r"unsupported startup parameter|no such (user|database)|authentication failed|login rejected"
+    r"|(SSL|TLS connection|certificate) required|statement pooling mode"
+)
 LASTING_TEXTS_OF_STATES: dict[str, re.Pattern[str]] = {
-    # PgBouncer has one code for everything. Provoked: these are settings that are wrong.
-    "08P01": re.compile(
-        r"unsupported startup parameter|no such (user|database)|authentication failed"
-    ),
+    "08P01": _SETTINGS_OF_PGBOUNCER,
+    "08003": _SETTINGS_OF_PGBOUNCER,  # of asyncpg, which repeats what came before the hang-up
 }
 
 PROVOKED_IN_MYSQL: frozenset[int] = frozenset(

@@ -108,7 +108,7 @@ def is_transient(error: BaseException) -> bool:
     failure or a lock timeout, and where SQLite or a pool is busy. It may not where the statement,
     the data, the permissions, the password or the host's name are wrong.
     """
-    if _has_unknown_host(error):
+    if _has_unknown_host(error) or _has_lasting_text(error):  # after which a pooler may hang up
         return False
     if isinstance(error, DBAPIError):
         return error.connection_invalidated or _is_transient_answer(error)
@@ -158,11 +158,14 @@ def _is_transient_answer_of_postgresql(error: BaseException) -> bool:
     state, text = _sqlstate(error), str(getattr(error, "orig", None) or error)
     if state is None:
         return bool(NO_SUCH_HOST_YET.search(text))
-    if state in LASTING_TEXTS_OF_STATES and LASTING_TEXTS_OF_STATES[state].search(text):
-        return False
     if state in TRANSIENT_TEXTS_OF_STATES:
         return bool(TRANSIENT_TEXTS_OF_STATES[state].search(text))
     return state in TRANSIENT_STATES or state[:2] in TRANSIENT_CLASSES
+
+
+def _has_lasting_text(error: BaseException) -> bool:
+    text = LASTING_TEXTS_OF_STATES.get(_sqlstate(error) or "")
+    return text is not None and bool(text.search(str(getattr(error, "orig", None) or error)))
 
 
 def _has_unknown_host(error: BaseException) -> bool:

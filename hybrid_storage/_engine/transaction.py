@@ -11,9 +11,8 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError, IllegalStateChangeError
 from sqlalchemy.orm import Session
 
-from .calls import leave_wrong_server
 from .cancellation import Interrupter
-from .errors import is_lock_timeout, is_missing_savepoint
+from .errors import is_lock_timeout, is_missing_savepoint, is_of_the_wrong_server
 from .factories import Registry
 from .joined import JoinedSession, lock_timeout
 from .runner import Connect, Context, carry_to_completion, connected
@@ -57,6 +56,7 @@ class TransactionScope(Scope):
         self._lock_timeout = lock_timeout
         self._connection: Connection | None = None
         self._timeout = ExitStack()
+        self._is_at_wrong_server = False
 
     async def begin(self) -> None:
         """Check out the connection, for code that uses the session without the storage."""
@@ -95,7 +95,15 @@ class TransactionScope(Scope):
                         session.close()
                     self._timeout.close()
                 finally:
+                    # Not before: the application may have said READ ONLY, and go on at a savepoint.
+                    if self._is_at_wrong_server and not committed:
+                        self._leave()
                     self._side.joined.end(commits=committed)
+
+    def _leave(self) -> None:
+        connection = self._connection
+        if connection is not None and not (connection.closed or connection.invalidated):
+            connection.invalidate()
 
     def _in_order(self, work: Callable[[Session, Interrupter], T], interrupter: Interrupter) -> T:
         with exclusive(self._bind), self._explained():
@@ -107,8 +115,7 @@ class TransactionScope(Scope):
         try:
             yield
         except DBAPIError as error:
-            if self._connection is not None:
-                leave_wrong_server(self._connection, error)
+            self._is_at_wrong_server |= is_of_the_wrong_server(error)
             if self._lock_timeout is not None and is_lock_timeout(error):
                 error.add_detail(WAITS_FOR_PARENT.format(self._lock_timeout))
             elif is_missing_savepoint(error):
