@@ -160,7 +160,8 @@ async def _nested(storage: SQLAlchemyStorage) -> None:
 
 async def _conversations(storage: SQLAlchemyStorage) -> None:
     await storage.set_data(KEY, {"age": 36})
-    for filters in ({}, {"chat_id": 7}, {"state": "Order:cart"}, {"idle_for": 0.0}):
+    every: list[dict[str, Any]] = [{}, {"chat_id": 7}, {"state": "Order:cart"}, {"idle_for": 0.0}]
+    for filters in every:
         async for _ in storage.find(**filters):
             pass
         await storage.count(**filters)
