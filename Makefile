@@ -29,7 +29,7 @@ chaos: $(VENV)/$(EXTRA).installed
 	$(BIN)/python -m pytest tests/chaos --capture=no
 
 cluster: $(VENV)/$(EXTRA).installed
-	$(BIN)/python -m pytest tests/cluster --capture=no
+	$(BIN)/python -m pytest tests/cluster --capture=no $(OPTIONS)
 
 bench: $(VENV)/test.installed
 	$(BIN)/python -m benchmarks

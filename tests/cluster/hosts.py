@@ -135,7 +135,10 @@ def hosts(count: int, folder: Path) -> Iterator[list[Host]]:
     """
     _remove_those_of_the_dead()
     pid = os.getpid()
-    net = next(n for n in range(1, 255) if f"10.213.{n}." not in _output("ip", "address"))
+    # Runs that start at the same time begin at different numbers.
+    taken = _output("ip", "address")
+    nets = (1 + (pid + n) % 254 for n in range(254))
+    net = next(n for n in nets if f"10.213.{n}." not in taken)
     bridge = f"{_NAME}-{pid}"
     names = [f"{bridge}-{n}" for n in range(1, count + 1)]
     made: list[Host] = []
