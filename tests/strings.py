@@ -35,7 +35,7 @@ assert f"| driver | {' | '.join(TIME_OUTS)} |" in PAGE
 
 def time_out(backend: Backend, what: str) -> str:
     """Return what is printed to set a time-out, without the marks around; empty if it has none."""
-    return _row(backend.driver, "Time-outs")[1 + TIME_OUTS.index(what)].strip("`")
+    return _row(backend.driver, "Timeouts")[1 + TIME_OUTS.index(what)].strip("`")
 
 
 def connect_args(backend: Backend, *what: str) -> dict[str, Any]:
