@@ -6,12 +6,14 @@
 # make bench   everything that a user would pick instead, side by side; prints figures
 # make docs    the documentation as a site, in build/docs; a warning is an error
 # make lint    ruff, mypy --strict, pyright
+# Tests run in PROCESSES at a time: more than two cores have work for, since many of them wait.
 # Everything is installed into .venv; PYTHON names the interpreter it is made with.
 
 PYTHON ?= python3
 VENV ?= .venv
 EXTRA ?= test
 CONSTRAINTS ?=
+PROCESSES ?= 3
 BIN := $(VENV)/bin
 
 .PHONY: demo shop test chaos cluster bench docs lint clean
@@ -23,7 +25,7 @@ shop: $(VENV)/test.installed
 	PYTHONPATH=examples $(BIN)/python -m legacy_shop
 
 test: $(VENV)/$(EXTRA).installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(TESTS)
+	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist worksteal $(TESTS)
 
 chaos: $(VENV)/$(EXTRA).installed
 	$(BIN)/python -m pytest tests/chaos --capture=no
