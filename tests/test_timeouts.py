@@ -33,16 +33,6 @@ def is_retried(caplog: pytest.LogCaptureFixture) -> bool:
     return any("trying again" in record.getMessage() for record in caplog.records)
 
 
-@pytest.fixture
-def proxy(backend: Backend, url_of: Callable[[Backend], URL]) -> Iterator[Proxy]:
-    """Return a proxy before the backend's server."""
-    url = url_of(backend)
-    folder = url.query.get("host")
-    port = url.port or (5432 if backend.server == "postgresql" else 3306)
-    with Proxy(f"{folder}/.s.PGSQL.{port}" if folder else (str(url.host), port)) as proxy:
-        yield proxy
-
-
 async def behind(
     open_storage: Open, backend: Backend, proxy: Proxy, *what: str, **options: Any
 ) -> SQLAlchemyStorage:

@@ -483,16 +483,6 @@ OpenTroubled = Callable[..., Awaitable[tuple[SQLAlchemyStorage, Outage]]]
 
 
 @pytest.fixture
-def proxy(backend: Backend, url_of: Callable[[Backend], URL]) -> Iterator[Proxy]:
-    """Return a proxy before the backend's server."""
-    url = url_of(backend)
-    folder = url.query.get("host")
-    port = url.port or (5432 if backend.server == "postgresql" else 3306)
-    with Proxy(f"{folder}/.s.PGSQL.{port}" if folder else (str(url.host), port)) as proxy:
-        yield proxy
-
-
-@pytest.fixture
 async def open_troubled(
     backend: Backend,
     kind: str,
