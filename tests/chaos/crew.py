@@ -65,20 +65,35 @@ class Crew:
             _kill(member)
 
     def hire(
-        self, url: URL, cancels: bool = False, lease: float | None = None, **options: Any
+        self,
+        url: URL,
+        cancels: bool = False,
+        lease: float | None = None,
+        pause: float = 0.0,
+        **options: Any,
     ) -> None:
         """Start a process.
 
         :param url: the database, with the driver
         :param cancels: whether to cancel calls at random moments
         :param lease: whether to handle updates beside, under locks of so many seconds
+        :param pause: how many seconds each of its clients waits between two writes
         :param options: the engine's options
         """
         name = f"w{len(self._members)}"
         address = url.render_as_string(hide_password=False)
         journal = self._folder / f"{name}.journal"
         journal.touch()
-        job = Job(name, address, self.table, journal, cancels, lease=lease, options=options)
+        job = Job(
+            name,
+            address,
+            self.table,
+            journal,
+            cancels,
+            lease=lease,
+            pause=pause,
+            options=options,
+        )
         self._members.append(_started(job))
 
     def kill_one(self) -> None:

@@ -47,6 +47,8 @@ class Job:
     """The first number to write."""
     lease: float | None = None
     """Of the locks under which to handle updates beside; None for no updates."""
+    pause: float = 0.0
+    """Seconds between two writes of a client."""
     options: dict[str, Any] = field(default_factory=dict)
     """The engine's options."""
 
@@ -183,17 +185,21 @@ async def _work(job: Job, journal: Journal, orders: Connection) -> int:
     async with anyio.create_task_group() as tasks:
         told = asyncio.ensure_future(to_thread.run_sync(orders.poll, None, abandon_on_cancel=True))
         for client in clients:
-            tasks.start_soon(_go_on, client, journal, told)
+            tasks.start_soon(_go_on, client, journal, told, job.pause)
     pool: Any = await storage.run_sync(lambda session: session.get_bind(storage.model).engine.pool)
     left: int = pool.checkedout()
     await storage.close()
     return left
 
 
-async def _go_on(client: Client | Updater, journal: Journal, told: asyncio.Future[bool]) -> None:
+async def _go_on(
+    client: Client | Updater, journal: Journal, told: asyncio.Future[bool], pause: float
+) -> None:
     while not told.done():
         try:
             await client.write()
+            if pause:
+                await asyncio.sleep(pause)
         except Exception as error:
             journal.note("error", repr(error))
             await asyncio.sleep(0.1)

@@ -16,6 +16,8 @@ from .patroni import MISSING, Patroni, patroni
 __all__ = ["report", "scenario"]  # fixtures
 
 SHORT = os.environ.get("HYBRID_STORAGE_CLUSTER") == "short"
+PAUSE = 0.05 if SHORT else 0.0
+"""Seconds between two writes of a client, so that a short run leaves others some of the machine."""
 
 # Left out, rather than skipped, where something is missing.
 collect_ignore = ["test_patroni.py"] if MISSING else []

@@ -12,7 +12,7 @@ from chaos.outcome import Outcome
 from chaos.scenario import Scenario
 from sqlalchemy import URL
 
-from .conftest import SHORT
+from .conftest import PAUSE, SHORT
 from .galera import PORT, Galera, Node, url
 from .probe import Probe
 
@@ -74,6 +74,7 @@ def hire(scenario: Scenario, url: URL, lease: float = LEASE) -> None:
         scenario.hire(
             url.set(drivername=f"mysql+{driver}"),
             lease=lease,
+            pause=PAUSE,
             connect_args={**TIMEOUTS[driver], "init_command": WAITS},
         )
 

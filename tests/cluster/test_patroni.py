@@ -20,7 +20,7 @@ from chaos.scenario import Scenario
 from chaos.servers import PREPARING, PREPARING_PGBOUNCER, Server, pgbouncer
 from sqlalchemy import URL
 
-from .conftest import SHORT
+from .conftest import PAUSE, SHORT
 from .patroni import Patroni
 from .probe import Probe
 
@@ -149,6 +149,7 @@ def run(
         scenario.hire(
             (url or cluster.url).set(drivername=f"postgresql+{driver}"),
             lease=lease,
+            pause=PAUSE,
             connect_args=(connect_args or {}).get(driver, {}),
             **options,
         )
