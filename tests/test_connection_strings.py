@@ -135,6 +135,19 @@ async def test_the_storage_goes_on_at_the_new_primary(
         assert await storage.update_data(key, {"after": 2}) == {"before": 1, "after": 2}
 
 
+async def until_read_only(storage: SQLAlchemyStorage) -> None:
+    """Wait until the server of a pooled connection has heard of its new setting."""
+
+    def setting(session: Any) -> Any:
+        return session.execute(text("SHOW default_transaction_read_only")).scalar()
+
+    for _ in range(100):
+        if await storage.run_sync(setting) == "on":
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError("it has not heard")
+
+
 @pytest.mark.parametrize("pre_ping", [False, True], ids=["no ping", "pre_ping"])
 @pytest.mark.parametrize("backend", POSTGRESQL, ids=str)
 async def test_pooled_connections_leave_a_server_that_turned_read_only(
@@ -146,6 +159,7 @@ async def test_pooled_connections_leave_a_server_that_turned_read_only(
         await_replay(pair)
         pair.promote()
         pair.demote()  # its connections stay
+        await until_read_only(storage)
         with pytest.raises(DBAPIError):
             async with storage.transaction():
                 await storage.set_state(key, "lost")

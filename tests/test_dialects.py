@@ -102,6 +102,7 @@ ENGINES: dict[str, Engine] = {
             **all_of(f"{YUGABYTEDB}/api/ysql: PostgreSQL's own parser", *OF_POSTGRESQL, *IN_ONE),
             **all_of(f"{YUGABYTEDB}/explore/transactions/explicit-locking", "SKIP LOCKED"),
             "several writes to one table": f"{YUGABYTEDB}/api/ysql: PostgreSQL's own planner",
+            "pg_backend_pid()": f"{YUGABYTEDB}/api/ysql: PostgreSQL's own functions",
         },
     ),
     "Aurora DSQL": Engine(

@@ -360,7 +360,9 @@ async def test_a_process_that_dies_after_the_commit_of_a_transaction_leaves_the_
     async with storage.transaction():
         await storage.clear(KEY)
     [record] = [each for each in caplog.records if each.name == "hybrid_storage"]
-    assert record.getMessage() == "'42:7:7' is here, and is not yet removed there: gone"
+    assert record.getMessage() == (
+        "'42:7:7' is here, and is not yet removed there: ConnectionError: gone"
+    )
     assert await old.holds()
     old.fails_to_remove = False
     another = await open_another()
