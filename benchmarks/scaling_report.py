@@ -25,8 +25,7 @@ PACE = 10
 """Seconds between two updates of a user who is there: assumed."""
 RATES = (100, 1_000, 10_000)
 CORES = (8, 32)
-GENERIC = "unit of work, lease, plan_cache_mode=force_generic_plan"
-AUTO = "unit of work, lease, plan_cache_mode=auto"
+AS_USUAL = "unit of work, lease, plan_cache_mode=auto"
 
 
 @dataclass(frozen=True)
@@ -81,26 +80,24 @@ def prices(results: Results) -> dict[str, Price]:
 
 def scaling_answers(results: Results) -> Iterator[Table]:
     """Return what is extrapolated."""
-    all_prices = prices(results)
+    price = prices(results)[AS_USUAL]
     rows = []
-    for name in (GENERIC, AUTO):
-        price = all_prices[name]
-        for cores in CORES:
-            most = price.most(cores)
-            rows.append(
-                [
-                    f"{cores} cores, {name.rpartition('=')[2]}",
-                    f"{_about(most)}",
-                    _about(most * 3600 / PEAK),
-                    _about(most * PACE),
-                    _about(price.processes(most)),
-                    f"{price.logged(most) / 1e6:.0f} MB/s",
-                ]
-            )
+    for cores in CORES:
+        most = price.most(cores)
+        rows.append(
+            [
+                f"{cores} cores",
+                f"{_about(most)}",
+                _about(most * 3600 / PEAK),
+                _about(most * PACE),
+                _about(price.processes(most)),
+                f"{price.logged(most) / 1e6:.0f} MB/s",
+            ]
+        )
     yield Table(
         "Extrapolated: what one PostgreSQL carries, with its CPUs 70 % busy",
         [
-            "server, plan_cache_mode",
+            "server",
             "updates/s",
             "updates/day",
             "users at a time",
@@ -109,7 +106,6 @@ def scaling_answers(results: Results) -> Iterator[Table]:
         ],
         rows,
     )
-    price = all_prices[GENERIC]
     rows = []
     for rate in RATES:
         shares = price.shares(rate, CORES[0])
@@ -123,8 +119,7 @@ def scaling_answers(results: Results) -> Iterator[Table]:
             ]
         )
     yield Table(
-        f"Extrapolated: share of each resource of a server with {CORES[0]} cores, "
-        "force_generic_plan",
+        f"Extrapolated: share of each resource of a server with {CORES[0]} cores",
         ["", *price.shares(1, 1), "processes of the bot", "runs out first"],
         rows,
     )
