@@ -14,7 +14,9 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from psutil import NoSuchProcess, Process, pid_exists
 
@@ -23,9 +25,16 @@ PATIENCE = 60
 """Seconds for what takes a few, and may not take for ever."""
 
 
+@cache
 def can_have_hosts() -> bool:
-    """Tell whether network namespaces can be made here."""
-    return shutil.which("ip") is not None and os.geteuid() == 0
+    """Tell whether network namespaces can be made here, which takes root and a willing kernel."""
+    if shutil.which("ip") is None or os.geteuid() != 0:
+        return False
+    try:
+        with TemporaryDirectory() as folder, hosts(1, Path(folder)):
+            return True
+    except subprocess.CalledProcessError:
+        return False
 
 
 class Host:
