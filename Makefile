@@ -1,7 +1,7 @@
 # make demo    a bot on embedded SQLite, end to end
 # make shop    a Flask shop with a bot: its pages in a browser, the chat in the terminal
 # make test    all tests, on SQLite and PostgreSQL, and on MariaDB where one answers
-# make chaos   servers are killed and networks cut while processes write; prints figures, 4 minutes
+# make chaos   servers are killed and networks cut while processes write; prints figures, 5 minutes
 # make cluster  as chaos, on Patroni, Galera and PgBouncer: see tests/cluster/install.sh; as root
 # make bench   everything that a user would pick instead, side by side; prints figures
 # make docs    the documentation as a site, in build/docs; a warning is an error
