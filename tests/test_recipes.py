@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import httpx
 import pytest
 from aiogram.fsm.context import FSMContext
 from aiogram.fsm.storage.base import StorageKey
+from anyio import to_thread
 from test_readme import ROOT, close_engines, run_awaiting
 
 GUIDES = ROOT / "docs" / "guides"
@@ -34,13 +36,65 @@ def recipes() -> list[tuple[str, str]]:
 
 
 RECIPES = recipes()
+FACTORY = dict(
+    re.findall(
+        r"<!-- run: factory (\S+) -->\n```python\n(.*?)```",
+        (GUIDES / "flask-sqlalchemy.md").read_text(),
+        re.DOTALL,
+    )
+)
+"""The files of the application with a factory, by their names."""
+EXTENSIONS = """
+from flask_sqlalchemy import SQLAlchemy
+
+db = SQLAlchemy()
+"""
+APPLICATION = """
+from flask import Flask
+
+from .extensions import db
+
+
+def create_app():
+    from .views import shop
+
+    app = Flask(__name__)
+    app.config["SQLALCHEMY_DATABASE_URI"] = f"sqlite:///{app.root_path}/shop.db"
+    db.init_app(app)
+    app.register_blueprint(shop)
+    return app
+"""
 
 
 def test_every_python_block_of_these_guides_is_run() -> None:
     pages = [path.read_text() for path in LEGACY]
     assert all(page.count("```python") == len(BLOCK.findall(page)) > 0 for page in pages)
     pages = [(GUIDES / f"{name}.md").read_text() for name in FRAMEWORKS]
-    assert len(RECIPES) == sum(page.count("```python") for page in pages) == 7
+    assert (len(RECIPES), len(FACTORY)) == (7, 3)
+    assert sum(page.count("```python") for page in pages) == 7 + 3
+
+
+async def test_the_application_factory_of_the_flask_guide_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files, beside those of an application that are not printed."""
+    files = {**FACTORY, "shop/extensions.py": EXTENSIONS, "shop/__init__.py": APPLICATION}
+    for name, code in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        app = importlib.import_module("wsgi").app
+        storage = importlib.import_module("shop.conversations").storage
+        await storage.create_table()
+        answer = await to_thread.run_sync(lambda: app.test_client().post("/paid/7"))
+        assert answer.text == "paid"
+        users_key = StorageKey(bot_id=42, chat_id=7, user_id=7)
+        assert await storage.get_state(users_key) == "order:paid"
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("shop", "wsgi")]:
+            del sys.modules[name]
+    close_engines()
 
 
 async def test_the_examples_for_synchronous_applications_run(
