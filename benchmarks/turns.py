@@ -70,7 +70,7 @@ async def _take(
     figures = results.cells[turn.cell][name]
     if figures.failure or not turn.work.suits(subject):
         return
-    keys = [turn.key(number) for number in range(3 if warms_up else turn.operations)]
+    keys = [turn.key(number) for number in range(turn.operations)]
     try:
         if turn.work.prepare is not None:
             await share(turn.work.prepare, subject, keys, turn.tasks)
