@@ -34,6 +34,7 @@ from .slots import (
     PoolState,
     PoolTaken,
     acquired,
+    are_connections_taken,
     exclusive,
     is_held_by_parent,
     pool_state,
@@ -103,7 +104,7 @@ class Runner:
             if is_heartbeat:
                 pool = pool_state(bind)
                 async with pool.heartbeat():
-                    spare = pool.are_connections_taken(bind, by_calls_too=True)
+                    spare = are_connections_taken(bind)
                     return await carry(session, bind, partial(work, None if spare else pool))
             return await self.in_slot(
                 bind, call.writes, lambda pool: carry(session, bind, partial(work, pool))
@@ -253,7 +254,7 @@ def checked_out(bind: Bind, pool: PoolState | None) -> Iterator[Connection]:
             spare.dispose()
     else:
         # Looked at last: the handlers take connections without asking.
-        if pool.are_connections_taken(bind):
+        if are_connections_taken(bind, len(pool.of_calls)):
             raise PoolTaken
         with connect(bind) as connection:
             pool.of_calls.add(connection)
