@@ -10,12 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import (
-    asynccontextmanager,
-    contextmanager,
-    nullcontext,
-    suppress,
-)
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -62,13 +57,11 @@ def _invalidate(session: Session) -> None:
 class Scope:
     """A session that calls join."""
 
-    _is_borrowed = True
-
     def __init__(
         self,
         session: AnySession,
-        context: Context = nullcontext,
-        registry: Registry | None = None,
+        context: Context,
+        registry: Registry | None,
         parent: Scope | None = None,
     ) -> None:
         """Remember the session."""
@@ -79,17 +72,14 @@ class Scope:
         self.is_open: bool = True
         self.parent: Scope | None = parent
         self._root: Scope = self if parent is None else parent._root
+        # Whether the session is the application's, which commits when it likes.
+        self.is_borrowed: bool = parent is None or parent.is_borrowed
         self._is_closed = asyncio.Event()
         self._was_cancelled = False
         self._nested: Scope | None = None
         self._meanwhile: list[Callable[[Session, Interrupter], object]] = []
         self._is_occupied = False
         self._lock = Lock(fast_acquire=True)
-
-    @property
-    def is_borrowed(self) -> bool:
-        """Whether the session is the application's, which commits when it likes."""
-        return self._root._is_borrowed
 
     async def execute(self, call: Call[T]) -> T:
         """Run a call in the session, after the calls that came before.
@@ -244,7 +234,7 @@ class Scope:
                 return await carry(self.session, bind, partial(self._root._in_order, work))
             except asyncio.CancelledError:
                 self._root._was_cancelled = True
-                if self._root._is_borrowed and isinstance(self.session, Session):
+                if self.is_borrowed and isinstance(self.session, Session):
                     # PostgreSQL would take its owner's COMMIT, and roll back without a word.
                     await carry_to_completion(self.session, _invalidate)
                 raise

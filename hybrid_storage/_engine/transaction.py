@@ -36,8 +36,6 @@ _ENDED_BELOW = (
 class TransactionScope(Scope):
     """A scope with a session of the storage's own, on connections that it keeps to its end."""
 
-    _is_borrowed = False
-
     def __init__(
         self,
         session: AnySession,
@@ -51,6 +49,7 @@ class TransactionScope(Scope):
     ) -> None:
         """Remember the session; ``lock_timeout`` is how many seconds to wait for a lock."""
         super().__init__(session, context, registry)
+        self.is_borrowed = False
         self._side = side
         self._bind = bind
         self._connect = connect
