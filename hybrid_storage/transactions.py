@@ -188,7 +188,7 @@ class Transactions(Generic[S]):
             async with self._ending(own):
                 return await own.run(function)
 
-        _, bind = self._runner.open()
+        _, bind = self._runner.open(self._runner.bind_arguments)
         return await self._runner.in_slot(bind, True, in_slot)
 
     def _open(

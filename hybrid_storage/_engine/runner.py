@@ -25,7 +25,7 @@ from sqlalchemy.exc import DBAPIError, UnboundExecutionError
 from sqlalchemy.orm import Session
 
 from .calls import Call, leave_wrong_server
-from .cancellation import InCallersTask, Interrupter, run_to_completion
+from .cancellation import Interrupter, in_callers_task, run_to_completion
 from .factories import check_bind, synchronous
 from .poolers import connect, look, needs_transactions, note
 from .slots import (
@@ -73,7 +73,7 @@ class Runner:
         self.bind_arguments: dict[str, Any] = dict(bind_arguments)
         self._limiter = limiter
 
-    def open(self, bind_arguments: Mapping[str, Any] | None = None) -> tuple[AnySession, Bind]:
+    def open(self, bind_arguments: Mapping[str, Any]) -> tuple[AnySession, Bind]:
         """Return a new session, and what it is bound to.
 
         :raises TypeError: if that is an engine of the other kind
@@ -81,7 +81,7 @@ class Runner:
         with self.context():
             session = self.factory()
             try:
-                bind = synchronous(session).get_bind(**(bind_arguments or self.bind_arguments))
+                bind = synchronous(session).get_bind(**bind_arguments)
             except UnboundExecutionError as error:
                 raise UnboundExecutionError(
                     f"the session factory is not bound to an engine: give it one, as in "
@@ -164,7 +164,7 @@ async def carry(
     if isinstance(session, Session):
         return await run_in_thread(partial(work, interrupter), interrupter)
     if bind is None:
-        return await InCallersTask(session.run_sync(lambda _: work(interrupter)), interrupter)
+        return await in_callers_task(session.run_sync(lambda _: work(interrupter)), interrupter)
     cancels = bind.dialect.driver in _CANCELLING_DRIVERS
     return await run_to_completion(
         lambda: session.run_sync(lambda _: work(interrupter)), interrupter, cancels=cancels
