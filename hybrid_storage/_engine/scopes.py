@@ -25,7 +25,7 @@ from .calls import Call
 from .cancellation import Interrupter, run_to_completion
 from .factories import Registry, synchronous
 from .joined import JoinedSession, begin_for_real
-from .runner import Context, carry, carry_to_completion
+from .runner import Runner, carry, carry_to_completion
 from .slots import PARENT_WAIT, Bind, is_shared, parents_are_over, pool_state
 
 if TYPE_CHECKING:
@@ -60,13 +60,13 @@ class Scope:
     def __init__(
         self,
         session: AnySession,
-        context: Context,
+        runner: Runner,
         registry: Registry | None,
         parent: Scope | None = None,
     ) -> None:
         """Remember the session."""
         self.session: AnySession = session
-        self.context: Context = context
+        self.runner: Runner = runner
         self.registry = registry
         self.task: asyncio.Task[Any] | None = asyncio.current_task()
         self.is_open: bool = True
@@ -144,12 +144,12 @@ class Scope:
 
     def holds_write_lock(self) -> bool:
         """Tell whether it may hold the one lock of a database: another connection would wait."""
-        return isinstance(self._root._bind_of({}).dialect, SQLiteDialect)
+        return isinstance(self._root._bind_of(self.runner.bind_arguments).dialect, SQLiteDialect)
 
     def _bind_of(self, arguments: dict[str, Any]) -> Bind:
         """Return the engine, or the connection, that the session uses for a call."""
         session = synchronous(self.session)
-        with self.context():
+        with self.runner.context():
             if isinstance(session, JoinedSession):  # of another storage's transaction
                 return session.chosen_bind(**arguments)
             return session.get_bind(**arguments)
@@ -170,7 +170,7 @@ class Scope:
     async def is_over(self) -> None:
         """Wait for the end of a parent task's block, and for its commit."""
         await self._root._is_closed.wait()
-        await parents_are_over(pool_state(self._root._bind_of({})))
+        await parents_are_over(pool_state(self._root._bind_of(self.runner.bind_arguments)))
 
     def raise_if_cancelled(self) -> None:
         """Refuse to go on after a cancelled call, which may have undone what was before it.
@@ -191,7 +191,7 @@ class Scope:
         of theirs wait meanwhile.
         """
         async with self._turn():
-            inner = Scope(self.session, self.context, self.registry, self)
+            inner = Scope(self.session, self.runner, self.registry, self)
             self._nested, self._meanwhile = inner, []
             try:
                 end = await inner._carry(self._root._begin_savepoint, None)
@@ -240,7 +240,7 @@ class Scope:
                 raise
 
     def _in_order(self, work: Callable[[Session, Interrupter], T], interrupter: Interrupter) -> T:
-        with self.context():
+        with self.runner.context():
             return work(synchronous(self.session), interrupter)
 
     @asynccontextmanager

@@ -16,7 +16,7 @@ from .cancellation import Interrupter
 from .errors import is_lock_timeout, is_missing_savepoint, is_of_the_wrong_server
 from .factories import Registry
 from .joined import JoinedSession, lock_timeout
-from .runner import Connect, Context, carry_to_completion, connected
+from .runner import Connect, Runner, carry_to_completion, connected
 from .scopes import Scope
 from .slots import WAITS_FOR_PARENT, Bind, exclusive
 
@@ -41,14 +41,14 @@ class TransactionScope(Scope):
         session: AnySession,
         side: JoinedSession,
         bind: Bind,
-        context: Context,
+        runner: Runner,
         registry: Registry | None,
         *,
         connect: Connect = connected,
         lock_timeout: float | None = None,
     ) -> None:
         """Remember the session; ``lock_timeout`` is how many seconds to wait for a lock."""
-        super().__init__(session, context, registry)
+        super().__init__(session, runner, registry)
         self.is_borrowed = False
         self._side = side
         self._bind = bind
@@ -107,7 +107,7 @@ class TransactionScope(Scope):
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        with exclusive(self._bind), self.context():
+        with exclusive(self._bind), self.runner.context():
             try:
                 yield
             except DBAPIError as error:
