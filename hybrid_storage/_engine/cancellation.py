@@ -7,7 +7,6 @@ For the rest of ``_engine``, ``isolation.py`` and ``transactions.py``. Cancellat
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from contextlib import contextmanager, suppress
@@ -20,9 +19,9 @@ from typing import Any, TypeVar, cast
 from anyio import CancelScope
 from sqlalchemy import Connection
 
-T = TypeVar("T")
+from .retries import logger
 
-logger = logging.getLogger("hybrid_storage")
+T = TypeVar("T")
 
 _SERVER_ANSWERS_WITHIN = 5.0  # seconds: the limit of one request to cancel
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0  # seconds between requests to cancel
