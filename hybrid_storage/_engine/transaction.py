@@ -82,13 +82,14 @@ class TransactionScope(Scope):
 
     def _end(self, session: Session, *, commits: bool) -> None:
         self.is_open = False
-        with self._alone():
-            committed = False
-            try:
+        committed = False
+        try:
+            with self._alone():
                 if commits and session.in_transaction():
                     session.commit()
-                committed = commits
-            finally:
+            committed = commits
+        finally:
+            with self._alone():
                 try:
                     # Two tasks may have used the session at a time: that is the error to see.
                     with nullcontext() if commits else suppress(IllegalStateChangeError):
