@@ -89,7 +89,7 @@ class HeldLeases:
 
         async def attempt() -> Taken | None:
             nonlocal unanswered
-            taken = await self._access.attempt_apart(call, once)
+            taken = await self._access.execute(call, once, is_apart=True)
             unanswered = False
             return taken
 
@@ -164,7 +164,8 @@ class HeldLeases:
     async def _release(self, here: _Here, row: str, retry_for: float) -> None:
         release = partial(self._leases.release, row=row, owner=here.owner)
         try:
-            await self._access.execute_apart(self._call(release, row), retry_for)
+            call = self._call(release, row)
+            await self._access.execute(call, is_apart=True, retry_for=retry_for)
         except Exception as error:
             # The update has been handled; the lease ends by itself.
             logger.warning("could not free the lock of %r: %s", row, in_short(error))
@@ -172,7 +173,8 @@ class HeldLeases:
     async def _free_unlocked(self, hold: HeldLease) -> bool:
         free = partial(self._leases.release_unlocked, fence=hold.fence)
         try:
-            return await self._access.execute_apart(self._call(free, hold.fence.row), 0)
+            call = self._call(free, hold.fence.row)
+            return await self._access.execute(call, is_apart=True, retry_for=0)
         except Exception as error:
             logger.debug("could not free the lock of %r yet: %s", hold.fence.row, in_short(error))
             return False

@@ -241,7 +241,7 @@ class UnitOfWork:
                 "write them: write to this conversation less often"
             )
 
-        return await self._access.attempt_apart(at_once, attempt)
+        return await self._access.execute(at_once, attempt, is_apart=True)
 
     async def _reread(self, changes: Sequence[ChangedRow]) -> bool:
         """Read all rows anew, and tell whether one is not as it was."""

@@ -112,7 +112,7 @@ class Transactions(Generic[S]):
         :raises TypeError: if it is neither
         :raises PendingRollbackError: if a call in the block was cancelled and the block went on
         """
-        scope = Scope(_unscoped(session), self._runner.context, self._registry)
+        scope = Scope(_unscoped(session), self._runner, self._registry)
         try:
             async with self._joining(scope):
                 yield
@@ -170,7 +170,7 @@ class Transactions(Generic[S]):
                 session,
                 side,
                 bind,
-                self._runner.context,
+                self._runner,
                 self._registry,
                 lock_timeout=lock_timeout,
             )
@@ -183,12 +183,12 @@ class Transactions(Generic[S]):
             session, side, bind = self._open(is_one=False)
             connect = partial(checked_out, pool=pool)
             own = TransactionScope(
-                session, side, bind, self._runner.context, self._registry, connect=connect
+                session, side, bind, self._runner, self._registry, connect=connect
             )
             async with self._ending(own):
                 return await own.run(function)
 
-        _, bind = self._runner.open()
+        _, bind = self._runner.open(self._runner.bind_arguments)
         return await self._runner.in_slot(bind, True, in_slot)
 
     def _open(

@@ -151,6 +151,32 @@ async def test_binds_choose_the_engine(
     await dispose(elsewhere)
 
 
+@pytest.mark.parametrize("backend", SQLITE, ids=str)
+async def test_a_lock_is_taken_inside_using_where_binds_choose_the_engine(
+    backend: Backend, url_of: Callable[[Backend], URL], key: StorageKey
+) -> None:
+    """The session has an engine for each model, and none besides."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    engine = backend.engine(url_of(backend))
+    make: Any = async_sessionmaker if backend.is_async else sessionmaker
+    factory = make(binds={Base: engine})
+    storage = SQLAlchemyStorage(factory, Base, "conversation")
+    isolation = storage.create_isolation(lease=None)
+    await storage.create_table()
+    session = factory()
+    async with storage.using(session), isolation.lock(key):
+        await storage.set_state(key, "waiting")
+        if backend.is_async:
+            await session.commit()
+        else:
+            session.commit()
+    assert await storage.get_state(key) == "waiting"
+    await dispose(engine)
+
+
 @pytest.mark.parametrize("flushed", [False, True])
 @pytest.mark.parametrize("backend", POSTGRESQL, ids=str)
 async def test_an_applications_scoped_session_is_not_committed(

@@ -168,19 +168,36 @@ def connected(url: URL) -> Iterator[Connection]:
 # A connection that is left to a server that takes no writes
 
 
+def demote(session: Session) -> None:
+    """Have the server say of this connection what a standby says."""
+    session.connection().exec_driver_sql("SET default_transaction_read_only = on")
+
+
 @pytest.mark.parametrize("backend", POSTGRESQL, ids=str)
 async def test_a_pooled_connection_to_a_server_that_is_read_only_by_now_is_given_up(
     backend: Backend, open_storage: Open, key: StorageKey
 ) -> None:
     """The old primary of a failover may keep it, and then each attempt would get it again."""
     storage = await open_storage(backend, engine_options={"pool_size": 1, "max_overflow": 0})
-
-    def demote(session: Session) -> None:
-        session.connection().exec_driver_sql("SET default_transaction_read_only = on")
-
     await storage.run_sync(demote)
     await storage.set_state(key, "Form:name")
     assert await storage.get_state(key) == "Form:name"
+
+
+@pytest.mark.parametrize("backend", POSTGRESQL, ids=str)
+async def test_a_connection_that_is_found_read_only_at_a_commit_is_given_up(
+    backend: Backend, open_storage: Open
+) -> None:
+    """A session writes at its commit what it has collected."""
+    storage = await open_storage(backend, engine_options={"pool_size": 1, "max_overflow": 0})
+
+    def add(session: Session) -> None:
+        session.add(storage.model(id="42:7:7"))
+
+    await storage.run_sync(demote)
+    with pytest.raises(DBAPIError):
+        await storage.run_sync(add)
+    await storage.run_sync(add)
 
 
 @pytest.mark.parametrize("backend", POSTGRESQL, ids=str)

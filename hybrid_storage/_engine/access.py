@@ -36,35 +36,28 @@ class Access:
             scope = scope.parent
         return scope
 
-    async def execute(self, call: Call[T]) -> T:
-        """Run a call in the scope that it joins, or else by itself."""
-        with warning_if_slow(self.slow_after, call):
-            scope = self.scope()
-            if scope is not None:
-                with suppress(ScopeClosed):
-                    return await scope.execute(call)
-            attempt = partial(self.runner.execute, call)
-            confirm = self.confirming(call) if call.writes else None
-            return await with_retries(attempt, self.retry_for, call, confirm)
-
-    async def execute_apart(self, call: Call[T], retry_for: float | None = None) -> T:
-        """Run a call outside of any transaction, unless that holds the one lock of a database."""
-        return await self.attempt_apart(call, partial(self.runner.execute, call), retry_for)
-
-    async def attempt_apart(
-        self, call: Call[T], attempt: Callable[[], Awaitable[T]], retry_for: float | None = None
+    async def execute(
+        self,
+        call: Call[T],
+        attempt: Callable[[], Awaitable[T]] | None = None,
+        *,
+        is_apart: bool = False,
+        retry_for: float | None = None,
     ) -> T:
-        """Do the same, by attempts of the caller's own.
+        """Run a call in the scope that it joins, or else by itself.
 
-        :param call: what to run in the scope that holds the lock; for the log otherwise
-        :param attempt: awaited again where an attempt fails for reasons that pass
+        :param call: what to run in the scope; for the log otherwise
+        :param attempt: awaited again where it fails for reasons that pass; by default, to run the
+            call on a connection of its own
+        :param is_apart: join no transaction, unless that holds the one lock of a database
         :param retry_for: for how many seconds; by default the storage's
         """
         with warning_if_slow(self.slow_after, call):
             scope = self.scope()
-            if scope is not None and scope.holds_write_lock():  # which nobody else can take
+            if scope is not None and (not is_apart or scope.holds_write_lock()):
                 with suppress(ScopeClosed):
                     return await scope.execute(call)
+            attempt = attempt or partial(self.runner.execute, call)
             seconds = self.retry_for if retry_for is None else retry_for
             confirm = self.confirming(call) if call.writes else None
             return await with_retries(attempt, seconds, call, confirm)

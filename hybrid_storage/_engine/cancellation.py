@@ -7,21 +7,21 @@ For the rest of ``_engine``, ``isolation.py`` and ``transactions.py``. Cancellat
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import partial
 from inspect import iscoroutinefunction
+from types import coroutine
 from typing import Any, TypeVar, cast
 
 from anyio import CancelScope
 from sqlalchemy import Connection
 
-T = TypeVar("T")
+from .retries import logger
 
-logger = logging.getLogger("hybrid_storage")
+T = TypeVar("T")
 
 _SERVER_ANSWERS_WITHIN = 5.0  # seconds: the limit of one request to cancel
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0  # seconds between requests to cancel
@@ -121,56 +121,50 @@ async def _end_in_aiosqlite(connection: Any) -> None:
         await connection.rollback()
 
 
-class InCallersTask(Awaitable[T]):
-    """Awaits in the caller's task, and ends the statement under way before a cancellation passes.
+@coroutine
+def in_callers_task(awaitable: Awaitable[T], interrupter: Interrupter) -> Generator[Any, Any, T]:
+    """Await in the caller's task, and end the statement under way before a cancellation passes.
 
     Passed first, it would have SQLAlchemy close the connection, and aiosqlite's thread does that
     after the statement. A driver's time-out cancels the task as well, and takes that back as soon
     as it has caught it: the caller is not to be told of that one.
     """
-
-    def __init__(self, coroutine: Awaitable[T], interrupter: Interrupter) -> None:
-        self._coroutine = coroutine
-        self._interrupter = interrupter
-
-    def __await__(self) -> Generator[Any, Any, T]:
-        """Await the coroutine."""
-        steps = self._coroutine.__await__()
-        step: Callable[[], Any] = partial(next, steps)
-        is_cancelled = _cancelled_since_now()
-        cancellation: asyncio.CancelledError | None = None
-        shield: CancelScope | None = None
-        try:
-            while True:
-                try:
-                    awaited = step()
-                finally:
-                    if shield is not None and not is_cancelled():
-                        shield.__exit__(None, None, None)
-                        cancellation = shield = None
-                try:
-                    step = partial(steps.send, (yield awaited))
-                except BaseException as error:
-                    if isinstance(error, asyncio.CancelledError) and cancellation is None:
-                        cancellation = error
-                        # anyio would cancel again in each turn of the loop, and interrupt what
-                        # the driver does to cancel at the server.
-                        shield = CancelScope(shield=True).__enter__()
-                        self._interrupter.request(is_cancelled)
-                    step = partial(steps.throw, error)
-        except StopIteration as stop:
-            if cancellation is not None:
-                raise cancellation from None
-            return cast("T", stop.value)
-        except Exception:
-            if cancellation is not None:
-                raise cancellation from None
-            raise
-        except asyncio.CancelledError:
-            raise cancellation or asyncio.CancelledError from None
-        finally:
-            if shield is not None:
-                shield.__exit__(None, None, None)
+    steps = awaitable.__await__()
+    step: Callable[[], Any] = partial(next, steps)
+    is_cancelled = _cancelled_since_now()
+    cancellation: asyncio.CancelledError | None = None
+    shield: CancelScope | None = None
+    try:
+        while True:
+            try:
+                awaited = step()
+            finally:
+                if shield is not None and not is_cancelled():
+                    shield.__exit__(None, None, None)
+                    cancellation = shield = None
+            try:
+                step = partial(steps.send, (yield awaited))
+            except BaseException as error:
+                if isinstance(error, asyncio.CancelledError) and cancellation is None:
+                    cancellation = error
+                    # anyio would cancel again in each turn of the loop, and interrupt what the
+                    # driver does to cancel at the server.
+                    shield = CancelScope(shield=True).__enter__()
+                    interrupter.request(is_cancelled)
+                step = partial(steps.throw, error)
+    except StopIteration as stop:
+        if cancellation is not None:
+            raise cancellation from None
+        return cast("T", stop.value)
+    except Exception:
+        if cancellation is not None:
+            raise cancellation from None
+        raise
+    except asyncio.CancelledError:
+        raise cancellation or asyncio.CancelledError from None
+    finally:
+        if shield is not None:
+            shield.__exit__(None, None, None)
 
 
 def _cancelled_since_now() -> Callable[[], bool]:

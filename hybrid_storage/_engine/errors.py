@@ -120,8 +120,12 @@ def is_transient(error: BaseException) -> bool:
 
 def in_short(error: BaseException) -> str:
     """Return an error's first line for the log, without the statement and its parameters."""
-    cause = getattr(error, "orig", None) or error
+    cause = _cause(error)
     return f"{type(cause).__name__}: {cause}".split("\n")[0]
+
+
+def _cause(error: BaseException) -> BaseException:
+    return getattr(error, "orig", None) or error
 
 
 def _is_transient_answer(error: DBAPIError) -> bool:
@@ -155,7 +159,7 @@ def _may_connect_later(error: Any) -> bool:
 
 
 def _is_transient_answer_of_postgresql(error: BaseException) -> bool:
-    state, text = _sqlstate(error), str(getattr(error, "orig", None) or error)
+    state, text = _sqlstate(error), str(_cause(error))
     if state is None:
         return bool(NO_SUCH_HOST_YET.search(text))
     if state in TRANSIENT_TEXTS_OF_STATES:
@@ -165,11 +169,11 @@ def _is_transient_answer_of_postgresql(error: BaseException) -> bool:
 
 def _has_lasting_text(error: BaseException) -> bool:
     text = LASTING_TEXTS_OF_STATES.get(_sqlstate(error) or "")
-    return text is not None and bool(text.search(str(getattr(error, "orig", None) or error)))
+    return text is not None and bool(text.search(str(_cause(error))))
 
 
 def _has_unknown_host(error: BaseException) -> bool:
-    cause: BaseException | None = getattr(error, "orig", None) or error
+    cause: BaseException | None = _cause(error)
     text = str(cause)
     if _UNKNOWN_HOST.search(text) and not _TRY_AGAIN.search(text):
         return True
@@ -187,9 +191,8 @@ def _is_about(error: DBAPIError, codes: _Codes, in_sqlite: re.Pattern[str]) -> b
 
 
 def _sqlstate(error: BaseException) -> str | None:
-    original = getattr(error, "orig", None) or error
-    arguments = original.args
-    first = arguments[0] if arguments else None
+    original = _cause(error)
+    first = next(iter(original.args), None)
     for state in (
         getattr(original, "sqlstate", None),  # psycopg, asyncpg, MySQL Connector
         getattr(original, "pgcode", None),  # psycopg2
@@ -202,9 +205,9 @@ def _sqlstate(error: BaseException) -> str | None:
 
 
 def _number(error: DBAPIError) -> int | None:
-    arguments = error.orig.args if error.orig is not None else ()
-    first = arguments[0] if arguments else None
-    for number in (getattr(error.orig, "errno", None), first):  # MySQL Connector; the others
+    original = _cause(error)
+    first = next(iter(original.args), None)
+    for number in (getattr(original, "errno", None), first):  # MySQL Connector; the others
         if isinstance(number, int):
             return number
     return None

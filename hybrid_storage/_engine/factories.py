@@ -41,7 +41,6 @@ class _Scoped(Protocol[S_co]):
 
 SessionFactory: TypeAlias = _Maker[S_co] | _Scoped[S_co]
 
-_ASYNC = "an async_sessionmaker"
 _PASS = "pass a sessionmaker or an async_sessionmaker (or a scoped one)"
 
 
@@ -71,23 +70,17 @@ def session_factory(factory: object) -> tuple[Callable[[], AnySession], bool]:
 def engine_and_factory(url: str | URL, options: dict[str, Any]) -> tuple[AnyEngine, Any]:
     """Return a new engine of the kind that a URL's driver needs, and a session factory on it."""
     url = make_url(url)
-    try:
-        return _engine_and_factory(url, options)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{url.drivername}:// needs the driver {error.name}, which is not installed: install "
-            "it, or name another one in the URL, as in 'postgresql+asyncpg://...'",
-            name=error.name,
-        ) from error
-
-
-def _engine_and_factory(url: URL, options: dict[str, Any]) -> tuple[AnyEngine, Any]:
     if url.get_backend_name() == "postgres":
         raise ValueError(
             "SQLAlchemy's name for PostgreSQL is 'postgresql': write 'postgresql+psycopg://...' in "
             "place of 'postgres://...'"
         )
-    if not url.get_dialect().is_async:
+    try:
+        if url.get_dialect().is_async:
+            from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+
+            async_engine = create_async_engine(url, **options)
+            return async_engine, async_sessionmaker(async_engine)
         if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
             # One connection for all threads: each connection would have a database of its own.
             options = {"poolclass": StaticPool, **options}
@@ -95,10 +88,12 @@ def _engine_and_factory(url: URL, options: dict[str, Any]) -> tuple[AnyEngine, A
             options["connect_args"] = arguments
         engine = create_engine(url, **options)
         return engine, sessionmaker(engine)
-    from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
-
-    async_engine = create_async_engine(url, **options)
-    return async_engine, async_sessionmaker(async_engine)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{url.drivername}:// needs the driver {error.name}, which is not installed: install "
+            "it, or name another one in the URL, as in 'postgresql+asyncpg://...'",
+            name=error.name,
+        ) from error
 
 
 class Registry:
@@ -189,7 +184,11 @@ def check_bind(bind: object, is_async: bool) -> None:
         made, needs, other = (
             ("an async_sessionmaker", "create_async_engine()", "a sessionmaker")
             if is_async
-            else ("a sessionmaker", "create_engine() with a synchronous driver", _ASYNC)
+            else (
+                "a sessionmaker",
+                "create_engine() with a synchronous driver",
+                "an async_sessionmaker",
+            )
         )
         raise TypeError(
             f"{made} is bound to {_description(bind)}: "

@@ -113,8 +113,9 @@ class JoinedConnections:
 
     def end(self, *, commits: bool) -> None:
         """Commit or roll back on all connections, and give them back."""
+        self._has_ended = True
+        self._connections.clear()
         with self._stack:
-            self._stack.callback(self._forget)
             if commits:
                 for each in self._transactions:
                     if isinstance(each, TwoPhaseTransaction) and len(self._transactions) > 1:
@@ -134,10 +135,6 @@ class JoinedConnections:
             if not is_shared(transaction.connection.engine):
                 transaction.connection.invalidate()
             raise
-
-    def _forget(self) -> None:
-        self._has_ended = True
-        self._connections.clear()
 
 
 class JoinedSession(Session):

@@ -50,35 +50,27 @@ async def with_retries(
     :param confirm: awaited after an attempt that was not the first: it may have found done what an
         earlier one had done, whose answer was lost
     """
+
+    async def again() -> T:
+        result = await call()
+        if confirm is not None:
+            await confirm()
+        return result
+
+    began = time.monotonic()
     try:
-        return await _with_retries(call, seconds, what, confirm)
+        try:
+            return await call()
+        except Exception as error:
+            left = seconds - (time.monotonic() - began)
+            if left <= 0 or not is_transient(error):
+                raise
+            logger.warning("%s failed, trying again for %.0f s: %s", what, left, in_short(error))
+        return await AsyncRetrying(**_retrying(left))(again)
     except DBAPIError as error:
         if is_lock_timeout(error):
             error.add_detail(_MAY_BE_HELD)
         raise
-
-
-async def _with_retries(
-    call: Callable[[], Awaitable[T]],
-    seconds: float,
-    what: object,
-    confirm: Callable[[], Awaitable[object]] | None,
-) -> T:
-    began = time.monotonic()
-    try:
-        return await call()
-    except Exception as error:
-        left = seconds - (time.monotonic() - began)
-        if left <= 0 or not is_transient(error):
-            raise
-        logger.warning("%s failed, trying again for %.0f s: %s", what, left, in_short(error))
-    async for attempt in AsyncRetrying(**_retrying(left)):
-        with attempt:
-            result = await call()
-            if confirm is not None:
-                await confirm()
-            return result
-    raise AssertionError("tenacity returns or raises")
 
 
 def with_retries_sync(call: Callable[[], T], seconds: float, what: object) -> T:

@@ -25,7 +25,7 @@ from sqlalchemy.exc import DBAPIError, UnboundExecutionError
 from sqlalchemy.orm import Session
 
 from .calls import Call, leave_wrong_server
-from .cancellation import InCallersTask, Interrupter, run_to_completion
+from .cancellation import Interrupter, in_callers_task, run_to_completion
 from .factories import check_bind, synchronous
 from .poolers import connect, look, needs_transactions, note
 from .slots import (
@@ -34,6 +34,7 @@ from .slots import (
     PoolState,
     PoolTaken,
     acquired,
+    are_connections_taken,
     exclusive,
     is_held_by_parent,
     pool_state,
@@ -72,7 +73,7 @@ class Runner:
         self.bind_arguments: dict[str, Any] = dict(bind_arguments)
         self._limiter = limiter
 
-    def open(self, bind_arguments: Mapping[str, Any] | None = None) -> tuple[AnySession, Bind]:
+    def open(self, bind_arguments: Mapping[str, Any]) -> tuple[AnySession, Bind]:
         """Return a new session, and what it is bound to.
 
         :raises TypeError: if that is an engine of the other kind
@@ -80,7 +81,7 @@ class Runner:
         with self.context():
             session = self.factory()
             try:
-                bind = synchronous(session).get_bind(**(bind_arguments or self.bind_arguments))
+                bind = synchronous(session).get_bind(**bind_arguments)
             except UnboundExecutionError as error:
                 raise UnboundExecutionError(
                     f"the session factory is not bound to an engine: give it one, as in "
@@ -103,7 +104,7 @@ class Runner:
             if is_heartbeat:
                 pool = pool_state(bind)
                 async with pool.heartbeat():
-                    spare = pool.are_connections_taken(bind, by_calls_too=True)
+                    spare = are_connections_taken(bind)
                     return await carry(session, bind, partial(work, None if spare else pool))
             return await self.in_slot(
                 bind, call.writes, lambda pool: carry(session, bind, partial(work, pool))
@@ -163,7 +164,7 @@ async def carry(
     if isinstance(session, Session):
         return await run_in_thread(partial(work, interrupter), interrupter)
     if bind is None:
-        return await InCallersTask(session.run_sync(lambda _: work(interrupter)), interrupter)
+        return await in_callers_task(session.run_sync(lambda _: work(interrupter)), interrupter)
     cancels = bind.dialect.driver in _CANCELLING_DRIVERS
     return await run_to_completion(
         lambda: session.run_sync(lambda _: work(interrupter)), interrupter, cancels=cancels
@@ -253,7 +254,7 @@ def checked_out(bind: Bind, pool: PoolState | None) -> Iterator[Connection]:
             spare.dispose()
     else:
         # Looked at last: the handlers take connections without asking.
-        if pool.are_connections_taken(bind):
+        if are_connections_taken(bind, len(pool.of_calls)):
             raise PoolTaken
         with connect(bind) as connection:
             pool.of_calls.add(connection)

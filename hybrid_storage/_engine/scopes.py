@@ -10,12 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import (
-    asynccontextmanager,
-    contextmanager,
-    nullcontext,
-    suppress,
-)
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -30,7 +25,7 @@ from .calls import Call
 from .cancellation import Interrupter, run_to_completion
 from .factories import Registry, synchronous
 from .joined import JoinedSession, begin_for_real
-from .runner import Context, carry, carry_to_completion
+from .runner import Runner, carry, carry_to_completion
 from .slots import PARENT_WAIT, Bind, is_shared, parents_are_over, pool_state
 
 if TYPE_CHECKING:
@@ -62,34 +57,29 @@ def _invalidate(session: Session) -> None:
 class Scope:
     """A session that calls join."""
 
-    _is_borrowed = True
-
     def __init__(
         self,
         session: AnySession,
-        context: Context = nullcontext,
-        registry: Registry | None = None,
+        runner: Runner,
+        registry: Registry | None,
         parent: Scope | None = None,
     ) -> None:
         """Remember the session."""
         self.session: AnySession = session
-        self.context: Context = context
+        self.runner: Runner = runner
         self.registry = registry
         self.task: asyncio.Task[Any] | None = asyncio.current_task()
         self.is_open: bool = True
         self.parent: Scope | None = parent
         self._root: Scope = self if parent is None else parent._root
+        # Whether the session is the application's, which commits when it likes.
+        self.is_borrowed: bool = parent is None or parent.is_borrowed
         self._is_closed = asyncio.Event()
         self._was_cancelled = False
         self._nested: Scope | None = None
         self._meanwhile: list[Callable[[Session, Interrupter], object]] = []
         self._is_occupied = False
         self._lock = Lock(fast_acquire=True)
-
-    @property
-    def is_borrowed(self) -> bool:
-        """Whether the session is the application's, which commits when it likes."""
-        return self._root._is_borrowed
 
     async def execute(self, call: Call[T]) -> T:
         """Run a call in the session, after the calls that came before.
@@ -154,12 +144,12 @@ class Scope:
 
     def holds_write_lock(self) -> bool:
         """Tell whether it may hold the one lock of a database: another connection would wait."""
-        return isinstance(self._root._bind_of({}).dialect, SQLiteDialect)
+        return isinstance(self._root._bind_of(self.runner.bind_arguments).dialect, SQLiteDialect)
 
     def _bind_of(self, arguments: dict[str, Any]) -> Bind:
         """Return the engine, or the connection, that the session uses for a call."""
         session = synchronous(self.session)
-        with self.context():
+        with self.runner.context():
             if isinstance(session, JoinedSession):  # of another storage's transaction
                 return session.chosen_bind(**arguments)
             return session.get_bind(**arguments)
@@ -180,7 +170,7 @@ class Scope:
     async def is_over(self) -> None:
         """Wait for the end of a parent task's block, and for its commit."""
         await self._root._is_closed.wait()
-        await parents_are_over(pool_state(self._root._bind_of({})))
+        await parents_are_over(pool_state(self._root._bind_of(self.runner.bind_arguments)))
 
     def raise_if_cancelled(self) -> None:
         """Refuse to go on after a cancelled call, which may have undone what was before it.
@@ -201,7 +191,7 @@ class Scope:
         of theirs wait meanwhile.
         """
         async with self._turn():
-            inner = Scope(self.session, self.context, self.registry, self)
+            inner = Scope(self.session, self.runner, self.registry, self)
             self._nested, self._meanwhile = inner, []
             try:
                 end = await inner._carry(self._root._begin_savepoint, None)
@@ -244,13 +234,13 @@ class Scope:
                 return await carry(self.session, bind, partial(self._root._in_order, work))
             except asyncio.CancelledError:
                 self._root._was_cancelled = True
-                if self._root._is_borrowed and isinstance(self.session, Session):
+                if self.is_borrowed and isinstance(self.session, Session):
                     # PostgreSQL would take its owner's COMMIT, and roll back without a word.
                     await carry_to_completion(self.session, _invalidate)
                 raise
 
     def _in_order(self, work: Callable[[Session, Interrupter], T], interrupter: Interrupter) -> T:
-        with self.context():
+        with self.runner.context():
             return work(synchronous(self.session), interrupter)
 
     @asynccontextmanager

@@ -10,12 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator
-from contextlib import (
-    AbstractContextManager,
-    asynccontextmanager,
-    nullcontext,
-    suppress,
-)
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from typing import TypeAlias
 from weakref import ReferenceType, WeakKeyDictionary, ref
@@ -84,7 +79,7 @@ class PoolState:
     @asynccontextmanager
     async def heartbeat(self) -> AsyncIterator[None]:
         """Hold a slot that other calls never wait in, however many there are."""
-        async with Slot(self.heartbeats):
+        async with self.heartbeats:
             turn = Slot(*self.writers)
             with move_on_after(_HEARTBEAT_WAITS):
                 await turn.acquire()
@@ -92,10 +87,6 @@ class PoolState:
                 yield
             finally:
                 turn.release()
-
-    def are_connections_taken(self, bind: Bind, *, by_calls_too: bool = False) -> bool:
-        """Tell whether handlers hold all connections that the pool keeps."""
-        return are_connections_taken(bind, 0 if by_calls_too else len(self.of_calls))
 
 
 def are_connections_taken(bind: Bind, of_calls: int = 0) -> bool:
@@ -148,7 +139,7 @@ def of_this_loop(limiter: CapacityLimiter) -> CapacityLimiter:
 
 
 class Slot:
-    """An async context manager that waits for a token of each limiter, and keeps them."""
+    """A token of each limiter."""
 
     def __init__(self, *limiters: CapacityLimiter) -> None:
         """Remember where to wait."""
@@ -182,12 +173,6 @@ class Slot:
         for limiter in self._limiters[: self._taken]:
             limiter.release_on_behalf_of(self)
         self._taken = 0
-
-    async def __aenter__(self) -> None:
-        await self.acquire()
-
-    async def __aexit__(self, *_: object) -> None:
-        self.release()
 
 
 def _takes_at_once(limiter: CapacityLimiter, borrower: object) -> bool:

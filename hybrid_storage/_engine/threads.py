@@ -14,14 +14,10 @@ from concurrent.futures import Future
 from typing import Generic, TypeVar
 
 from anyio import CapacityLimiter, to_thread
-from anyio.lowlevel import RunVar
 
 from .cancellation import Interrupter, wait_until_done
 
 T = TypeVar("T")
-
-# Slots limit the threads. The tokens of anyio's default limiter are left to the application.
-_unlimited: RunVar[CapacityLimiter] = RunVar("hybrid_storage_threads")
 
 
 async def run_in_thread(function: Callable[[], T], interrupter: Interrupter | None = None) -> T:
@@ -84,8 +80,5 @@ async def _in_another_thread(request: Callable[[], None]) -> None:
 
 
 def _limiter() -> CapacityLimiter:
-    limiter = _unlimited.get(None)
-    if limiter is None:
-        limiter = CapacityLimiter(math.inf)
-        _unlimited.set(limiter)
-    return limiter
+    # Slots limit the threads. The tokens of anyio's default limiter are left to the application.
+    return CapacityLimiter(math.inf)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,11 +11,12 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError, IllegalStateChangeError
 from sqlalchemy.orm import Session
 
+from .calls import leave_wrong_server
 from .cancellation import Interrupter
 from .errors import is_lock_timeout, is_missing_savepoint, is_of_the_wrong_server
 from .factories import Registry
 from .joined import JoinedSession, lock_timeout
-from .runner import Connect, Context, carry_to_completion, connected
+from .runner import Connect, Runner, carry_to_completion, connected
 from .scopes import Scope
 from .slots import WAITS_FOR_PARENT, Bind, exclusive
 
@@ -35,28 +36,27 @@ _ENDED_BELOW = (
 class TransactionScope(Scope):
     """A scope with a session of the storage's own, on connections that it keeps to its end."""
 
-    _is_borrowed = False
-
     def __init__(
         self,
         session: AnySession,
         side: JoinedSession,
         bind: Bind,
-        context: Context,
+        runner: Runner,
         registry: Registry | None,
         *,
         connect: Connect = connected,
         lock_timeout: float | None = None,
     ) -> None:
         """Remember the session; ``lock_timeout`` is how many seconds to wait for a lock."""
-        super().__init__(session, context, registry)
+        super().__init__(session, runner, registry)
+        self.is_borrowed = False
         self._side = side
         self._bind = bind
         self._connect = connect
         self._lock_timeout = lock_timeout
         self._connection: Connection | None = None
         self._timeout = ExitStack()
-        self._is_at_wrong_server = False
+        self._wrong_server: DBAPIError | None = None  # its answer
 
     async def begin(self) -> None:
         """Check out the connection, for code that uses the session without the storage."""
@@ -82,13 +82,14 @@ class TransactionScope(Scope):
 
     def _end(self, session: Session, *, commits: bool) -> None:
         self.is_open = False
-        with exclusive(self._bind), self.context(), self._undone_already(), self._explained():
-            committed = False
-            try:
+        committed = False
+        try:
+            with self._alone():
                 if commits and session.in_transaction():
                     session.commit()
-                committed = commits
-            finally:
+            committed = commits
+        finally:
+            with self._alone():
                 try:
                     # Two tasks may have used the session at a time: that is the error to see.
                     with nullcontext() if commits else suppress(IllegalStateChangeError):
@@ -96,31 +97,30 @@ class TransactionScope(Scope):
                     self._timeout.close()
                 finally:
                     # Not before: the application may have said READ ONLY, and go on at a savepoint.
-                    if self._is_at_wrong_server and not committed:
-                        self._leave()
+                    if self._wrong_server and self._connection and not committed:
+                        leave_wrong_server(self._connection, self._wrong_server)
                     self._side.joined.end(commits=committed)
 
-    def _leave(self) -> None:
-        connection = self._connection
-        if connection is not None and not (connection.closed or connection.invalidated):
-            connection.invalidate()
-
     def _in_order(self, work: Callable[[Session, Interrupter], T], interrupter: Interrupter) -> T:
-        with exclusive(self._bind), self._explained():
+        with self._alone():
             self._begin()
-            return super()._in_order(work, interrupter)
+            return work(self._side, interrupter)
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except DBAPIError as error:
-            self._is_at_wrong_server |= is_of_the_wrong_server(error)
-            if self._lock_timeout is not None and is_lock_timeout(error):
-                error.add_detail(WAITS_FOR_PARENT.format(self._lock_timeout))
-            elif is_missing_savepoint(error):
-                error.add_detail(_ENDED_BELOW)
-            raise
+    def _alone(self) -> Iterator[None]:
+        with exclusive(self._bind), self.runner.context():
+            try:
+                yield
+            except DBAPIError as error:
+                if is_of_the_wrong_server(error):
+                    self._wrong_server = error
+                if self._lock_timeout is not None and is_lock_timeout(error):
+                    error.add_detail(WAITS_FOR_PARENT.format(self._lock_timeout))
+                elif is_missing_savepoint(error):
+                    error.add_detail(_ENDED_BELOW)
+                # Errors about savepoints that are gone must not take a cancellation's place.
+                if not self._was_cancelled:
+                    raise
 
     def _own_connection(self, session: Session) -> Connection | None:
         return self._connection
@@ -138,12 +138,8 @@ class TransactionScope(Scope):
         self._side.joined.savepoint()
         return self._end_savepoint
 
-    def _undone_already(self) -> AbstractContextManager[object]:
-        # After a cancellation, errors about savepoints that are gone must not take its place.
-        return suppress(DBAPIError) if self._was_cancelled else nullcontext()
-
     def _end_savepoint(self, commits: bool, session: Session) -> None:
-        with exclusive(self._bind), self.context(), self._undone_already(), self._explained():
+        with self._alone():
             if commits:
                 _release(session)
             else:
