@@ -135,25 +135,6 @@ class Codec:
         )
 
 
-class Merge:
-    """Replaces a stored text by what a function makes of the data in it."""
-
-    def __init__(self, codec: Codec, key: StorageKey, function: Change) -> None:
-        """Remember the function."""
-        self._codec = codec
-        self._key = key
-        self._function = function
-        self.data: dict[str, Any] = {}
-        """What the text last returned stands for."""
-
-    def __call__(self, text: str | None) -> str:
-        """Return the text that replaces another."""
-        new = self._codec.dump(self._function(self._codec.load(self._key, text)))
-        # Parsed anew each time: nothing of the caller's own objects gets into the result.
-        self.data = self._codec.load(self._key, new)
-        return new
-
-
 def _text(source: str, text: object) -> str:
     if not isinstance(text, str):
         raise TypeError(f"{source} gave {type(text).__name__}, not text: {text!r:.80}")
