@@ -87,10 +87,6 @@ class Idle(Steering[S]):
         return await round.run()
 
 
-class _NotAsynchronous(Exception):
-    """The action has returned something that cannot be awaited."""
-
-
 class _Round:
     """Looks for idle conversations, and hands them out."""
 
@@ -145,8 +141,6 @@ class _Round:
         try:
             async with self._isolation.lock(key):
                 await self._hand_out(key)
-        except _NotAsynchronous:
-            self._is_wrong = True
         except Exception:
             self._failed[key] = time.monotonic() + self._retry_after
             logger.exception("%s failed for %s", self, key)
@@ -162,7 +156,8 @@ class _Round:
             return
         result: object = self._action(await storage.conversation(key))
         if not isawaitable(result):
-            raise _NotAsynchronous
+            self._is_wrong = True
+            return
         await result
         await storage.flush()
         mark = partial(steps.handled, key=key, after=self._after)
