@@ -52,9 +52,7 @@ class Codec:
         Keys that the key builder gives one row, such as those of one user's chats, are of one
         conversation.
         """
-        if isinstance(key, StorageKey) and key.destiny != DEFAULT_DESTINY:
-            key = replace(key, destiny=DEFAULT_DESTINY)
-        return self.row(key)
+        return self.row(default_destiny(key) if isinstance(key, StorageKey) else key)
 
     def state(self, state: StateType) -> str | None:
         """Return a state's name, None for no state.
@@ -133,6 +131,11 @@ class Codec:
             f"the data of {key} in table {self._table!r} cannot be read, {why}. "
             "The row is unchanged; set_data() or clear() replaces it"
         )
+
+
+def default_destiny(key: StorageKey) -> StorageKey:
+    """Return the key of a conversation's main row."""
+    return key if key.destiny == DEFAULT_DESTINY else replace(key, destiny=DEFAULT_DESTINY)
 
 
 def _text(source: str, text: object) -> str:

@@ -13,10 +13,10 @@ from aiogram.fsm.storage.base import StorageKey
 from typing_extensions import Unpack
 
 from ._arguments import check_functions, check_seconds
+from ._codec import default_destiny
 from ._engine.errors import in_short
 from ._engine.retries import logger
 from ._sql.conversations import Where
-from .columns import default_destiny
 from .finding import Filters, FoundConversation
 from .isolation import SQLAlchemyEventIsolation
 from .steering import Steering
