@@ -12,9 +12,7 @@ from itertools import product
 
 from aiogram.fsm.storage.base import DEFAULT_DESTINY, DefaultKeyBuilder, StorageKey
 
-from .keys import FullKeyBuilder
-
-_NUMBER = "-?[0-9]+"
+from .keys import NUMBER, FullKeyBuilder
 
 
 def parse_default_key(
@@ -89,16 +87,16 @@ def _pattern(
     separator = re.escape(builder.separator)
     parts = [re.escape(builder.prefix)]
     if builder.with_bot_id:
-        parts.append(f"(?P<bot>{_NUMBER})")
+        parts.append(f"(?P<bot>{NUMBER})")
     if has_business:
         # Text up to the separator that is not a number.
-        parts.append(f"(?P<business>(?!{_NUMBER}{separator})(?:(?!{separator}).)+)")
-    parts.append(f"(?P<chat>{_NUMBER})")
+        parts.append(f"(?P<business>(?!{NUMBER}{separator})(?:(?!{separator}).)+)")
+    parts.append(f"(?P<chat>{NUMBER})")
     if has_thread:
         parts.append("(?P<thread>[1-9][0-9]*)")
-    parts.append(f"(?P<user>{_NUMBER})")
+    parts.append(f"(?P<user>{NUMBER})")
     if builder.with_destiny:
-        parts.append(f"(?P<destiny>(?!{_NUMBER}{separator}).*)")
+        parts.append(f"(?P<destiny>(?!{NUMBER}{separator}).*)")
     return re.compile(separator.join(parts), re.DOTALL)
 
 
@@ -107,14 +105,14 @@ def _why_not(text: str, builder: DefaultKeyBuilder) -> str:
     if not text.startswith(prefix + separator):
         return f"does not begin with the prefix {prefix!r} and the separator {separator!r}"
     separated = re.escape(separator)
-    ids = separated.join([_NUMBER] * (3 if builder.with_bot_id else 2))
+    ids = separated.join([NUMBER] * (3 if builder.with_bot_id else 2))
     rest = text[len(prefix + separator) :]
     if not builder.with_destiny and re.fullmatch(f"{ids}{separated}.*", rest, re.DOTALL):
         return (
             "has more parts than DefaultKeyBuilder(with_destiny=False) writes: pass the key "
             "builder with the options it was built with"
         )
-    if builder.with_destiny and re.fullmatch(f"{ids}{separated}{_NUMBER}{separated}.*", rest):
+    if builder.with_destiny and re.fullmatch(f"{ids}{separated}{NUMBER}{separated}.*", rest):
         return (
             "has a destiny that begins with a number and the separator, which reads as a topic "
             f"(with_destiny=True, separator={separator!r})"

@@ -14,8 +14,9 @@ from typing import Any
 import sqlalchemy as sa
 from aiogram.fsm.storage.base import StorageKey
 
-from ._sources import MODULE, Conversation, Parse, Refused, parser_of, read_one
+from ._sources import MODULE, Conversation, Refused, parser_of, read_one
 from ._sql.results import executed
+from .keys import NUMBER, Parse
 from .storage import SQLAlchemyStorage
 
 
@@ -115,7 +116,7 @@ class RaitoSource(_OfRows):
 
 def _parse_raito(text: str, separator: str) -> StorageKey:
     """Return the key of bot, chat and user, then topic, business connection and destiny if set."""
-    first = re.match(f"(-?[0-9]+){re.escape(separator)}" * 3, text + separator)
+    first = re.match(f"({NUMBER}){re.escape(separator)}" * 3, text + separator)
     if first is None:
         raise ValueError(
             f"{text!r} does not begin with the numbers of bot, chat and user, separated by "

@@ -10,17 +10,16 @@ from functools import partial
 from typing import TypeVar
 
 from aiogram.fsm.state import State, StatesGroup
-from aiogram.fsm.storage.base import StateType, StorageKey
+from aiogram.fsm.storage.base import StateType
 from sqlalchemy import Connection
 from typing_extensions import Unpack
 
 from ._steps import Step, Steps
 from .finding import Filters, FoundConversation
+from .keys import Parse
 from .operations import AnySync, Calls, ConversationOperations, run
 
 T = TypeVar("T")
-
-Parse = Callable[[str], StorageKey]
 
 
 class Operations(ConversationOperations):

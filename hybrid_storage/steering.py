@@ -19,8 +19,8 @@ from typing_extensions import Unpack
 from ._codec import Change
 from ._engine.retries import logger
 from ._steps import Batch, Step, Steps
-from .conversations import Parse
 from .finding import Filters, FoundConversation
+from .keys import Parse
 from .operations import without
 from .transactions import S
 from .updates import Updates
