@@ -146,10 +146,11 @@ def declare_model(
     schema = _schema(base)
     name = f"{schema}.{table_name}" if schema else table_name
     table = metadata.tables.get(name)
-    if table is not None and table in _models:
-        declared = _models[table]()
+    if table is not None:  # may have been reflected, or declared by the application
+        _check_columns(table, "id", "state", "data")
+        _check_lookups(table, columns)
+        declared = _models[table]() if table in _models else None
         if declared is not None:
-            _check_lookups(table, columns)
             return declared
     # A base of dataclasses, or of pydantic's as SQLModel's, takes no mixin: it lends its metadata.
     inherits = isinstance(base, type) and not (
@@ -159,9 +160,7 @@ def declare_model(
     attributes: dict[str, Any] = {"__module__": __name__}
     if table is None:
         attributes["__tablename__"] = table_name
-    else:  # reflected, or declared by the application
-        _check_columns(table, "id", "state", "data")
-        _check_lookups(table, columns)
+    else:
         attributes["__table__"] = table
     # A declarative base wants the names of its classes to differ, as those of its tables do.
     metaclass: Any = type(parent)
