@@ -10,7 +10,6 @@ from functools import partial
 from hashlib import blake2b
 from typing import Any, NamedTuple, TypeVar
 
-from aiogram.exceptions import DataNotDictLikeError
 from aiogram.fsm.storage.base import StorageKey
 from sqlalchemy import Connection
 
@@ -146,8 +145,8 @@ class Move:
             try:
                 row = self._codec.row(each.key)
                 texts = Texts(self._codec.state(each.state), self._codec.dump(each.data))
-            except (TypeError, ValueError, DataNotDictLikeError) as error:
-                refused.append(Refused(each.name, str(error)))
+            except Exception as error:  # the application's functions raise what they like
+                refused.append(Refused(each.name, str(error) or repr(error)))
             else:
                 given.append(Given(each.name, each.key, row, texts, each.age))
         why = await self._reading(partial(self._reasons, given)) if given else {}
