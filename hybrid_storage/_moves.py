@@ -222,7 +222,7 @@ class Check:
         for each in given:
             expected = self._move.content(each, each.texts)
             found = self._move.content(each, here[each.row]) if each.row in here else None
-            if found == expected:
+            if found is not None and found == expected:
                 self._sum += expected
                 self._target_sum += found
             elif not is_last and len(self._again) < _LOOKED_AT_AGAIN:
