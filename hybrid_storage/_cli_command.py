@@ -72,13 +72,14 @@ _URL = click.option(
     callback=parsed(parse_url),
     help="The database, as SQLAlchemy writes it. A password is safer in the variable.",
 )
+TABLE = click.option(
+    "--table",
+    default="aiogram_fsm_data",
+    show_default=True,
+    help="The table, with its schema before a dot.",
+)
 _OF_DATABASES = (
-    click.option(
-        "--table",
-        default="aiogram_fsm_data",
-        show_default=True,
-        help="The table, with its schema before a dot.",
-    ),
+    TABLE,
     click.option(
         "--key-builder",
         metavar="MODULE:NAME",

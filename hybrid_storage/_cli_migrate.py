@@ -7,26 +7,43 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import click
 from aiogram.fsm.storage.base import DefaultKeyBuilder, KeyBuilder
 from sqlalchemy import URL, make_url
 
-from ._cli_command import Call, key_builder_of, on_database, parsed, with_options
+from ._cli_command import Call, key_builder_of, on_database, parsed
 from ._cli_output import printable
 from ._cli_storage import opened, parse_url, require
 from .migration import RaitoSource, RedisSource, Report, Source, TableSource
 from .migration import migrate as migrate_all
 
 _REDIS = {"redis", "rediss", "unix"}
+_target = click.argument(
+    "url", metavar="TARGET", envvar="HYBRID_STORAGE_URL", callback=parsed(parse_url)
+)
 
 
 def _parse_source(text: str) -> URL:
     return make_url(text) if text.partition("://")[0] in _REDIS else parse_url(text)
 
 
-def _run(call: Call, source: URL, dry_run: bool, **options: Any) -> None:
+@click.command()
+@click.argument("source", envvar="HYBRID_STORAGE_SOURCE", callback=parsed(_parse_source))
+@click.option("--source-table", default="aiogram_fsm_data", show_default=True)
+@click.option(
+    "--source-key-builder",
+    metavar="MODULE:NAME",
+    callback=parsed(key_builder_of),
+    help="Of the source; by default aiogram's DefaultKeyBuilder.",
+)
+@click.option("--bot", type=int, help="The bot, if the source's keys do not say.")
+@click.option("--raito", is_flag=True, help="The source is raito's table.")
+@click.option("--dry-run", is_flag=True, help="Change nothing, only count.")
+@partial(on_database, url_option=_target)
+def migrate(call: Call, source: URL, dry_run: bool, **options: Any) -> None:
     """Move the conversations of another storage.
 
     SOURCE is the URL of aiogram's RedisStorage, or of the database of a table. TARGET is the
@@ -76,24 +93,3 @@ async def _source(
         else:
             await require(storage, columns=False)
             yield TableSource(storage, bot_id=bot)
-
-
-_target = click.argument(
-    "url", metavar="TARGET", envvar="HYBRID_STORAGE_URL", callback=parsed(parse_url)
-)
-migrate = click.command("migrate")(
-    with_options(
-        on_database(_run, _target),
-        click.argument("source", envvar="HYBRID_STORAGE_SOURCE", callback=parsed(_parse_source)),
-        click.option("--source-table", default="aiogram_fsm_data", show_default=True),
-        click.option(
-            "--source-key-builder",
-            metavar="MODULE:NAME",
-            callback=parsed(key_builder_of),
-            help="Of the source; by default aiogram's DefaultKeyBuilder.",
-        ),
-        click.option("--bot", type=int, help="The bot, if the source's keys do not say."),
-        click.option("--raito", is_flag=True, help="The source is raito's table."),
-        click.option("--dry-run", is_flag=True, help="Change nothing, only count."),
-    )
-)

@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from ._cli_command import Call, offline, on_database
+from ._cli_command import TABLE, Call, offline, on_database
 from ._cli_output import Output
 from ._cli_storage import create_statements, opened, problems
 from ._sql.tables import missing
@@ -75,12 +75,7 @@ def check(call: Call, columns: bool | None, lock_table: bool) -> None:
     required=True,
     help="Whose SQL to print.",
 )
-@click.option(
-    "--table",
-    default="aiogram_fsm_data",
-    show_default=True,
-    help="The table, with its schema before a dot.",
-)
+@TABLE
 @_columns
 @_lock_table
 def sql(out: Output, dialect: str, table: str, columns: bool, lock_table: bool) -> None:

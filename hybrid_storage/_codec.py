@@ -52,9 +52,7 @@ class Codec:
         Keys that the key builder gives one row, such as those of one user's chats, are of one
         conversation.
         """
-        if isinstance(key, StorageKey) and key.destiny != DEFAULT_DESTINY:
-            key = replace(key, destiny=DEFAULT_DESTINY)
-        return self.row(key)
+        return self.row(default_destiny(key) if isinstance(key, StorageKey) else key)
 
     def state(self, state: StateType) -> str | None:
         """Return a state's name, None for no state.
@@ -135,23 +133,9 @@ class Codec:
         )
 
 
-class Merge:
-    """Replaces a stored text by what a function makes of the data in it."""
-
-    def __init__(self, codec: Codec, key: StorageKey, function: Change) -> None:
-        """Remember the function."""
-        self._codec = codec
-        self._key = key
-        self._function = function
-        self.data: dict[str, Any] = {}
-        """What the text last returned stands for."""
-
-    def __call__(self, text: str | None) -> str:
-        """Return the text that replaces another."""
-        new = self._codec.dump(self._function(self._codec.load(self._key, text)))
-        # Parsed anew each time: nothing of the caller's own objects gets into the result.
-        self.data = self._codec.load(self._key, new)
-        return new
+def default_destiny(key: StorageKey) -> StorageKey:
+    """Return the key of a conversation's main row."""
+    return key if key.destiny == DEFAULT_DESTINY else replace(key, destiny=DEFAULT_DESTINY)
 
 
 def _text(source: str, text: object) -> str:

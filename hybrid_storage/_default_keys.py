@@ -12,9 +12,7 @@ from itertools import product
 
 from aiogram.fsm.storage.base import DEFAULT_DESTINY, DefaultKeyBuilder, StorageKey
 
-from .keys import FullKeyBuilder
-
-_NUMBER = "-?[0-9]+"
+from .keys import NUMBER, FullKeyBuilder
 
 
 def parse_default_key(
@@ -39,7 +37,7 @@ def parse_default_key(
             "DefaultKeyBuilder(with_bot_id=False): pass bot_id, the number before the colon of "
             f"the bot's token{_perhaps_ours(text)}"
         )
-    found = {key for key in _candidates(text, builder, bot_id) if _builds(builder, key, text)}
+    found = {key for key in _candidates(text, builder, bot_id) if builder.build(key) == text}
     if len(found) > 1:
         raise ValueError(
             f"{text!r} may be any of {len(found)} keys: the separator {builder.separator!r} does "
@@ -89,36 +87,32 @@ def _pattern(
     separator = re.escape(builder.separator)
     parts = [re.escape(builder.prefix)]
     if builder.with_bot_id:
-        parts.append(f"(?P<bot>{_NUMBER})")
+        parts.append(f"(?P<bot>{NUMBER})")
     if has_business:
         # Text up to the separator that is not a number.
-        parts.append(f"(?P<business>(?!{_NUMBER}{separator})(?:(?!{separator}).)+)")
-    parts.append(f"(?P<chat>{_NUMBER})")
+        parts.append(f"(?P<business>(?!{NUMBER}{separator})(?:(?!{separator}).)+)")
+    parts.append(f"(?P<chat>{NUMBER})")
     if has_thread:
         parts.append("(?P<thread>[1-9][0-9]*)")
-    parts.append(f"(?P<user>{_NUMBER})")
+    parts.append(f"(?P<user>{NUMBER})")
     if builder.with_destiny:
-        parts.append(f"(?P<destiny>(?!{_NUMBER}{separator}).*)")
+        parts.append(f"(?P<destiny>(?!{NUMBER}{separator}).*)")
     return re.compile(separator.join(parts), re.DOTALL)
-
-
-def _builds(builder: DefaultKeyBuilder, key: StorageKey, text: str) -> bool:
-    return builder.build(key) == text
 
 
 def _why_not(text: str, builder: DefaultKeyBuilder) -> str:
     separator, prefix = builder.separator, builder.prefix
     if not text.startswith(prefix + separator):
         return f"does not begin with the prefix {prefix!r} and the separator {separator!r}"
-    number, separated = _NUMBER, re.escape(separator)
-    ids = separated.join([number] * (3 if builder.with_bot_id else 2))
+    separated = re.escape(separator)
+    ids = separated.join([NUMBER] * (3 if builder.with_bot_id else 2))
     rest = text[len(prefix + separator) :]
     if not builder.with_destiny and re.fullmatch(f"{ids}{separated}.*", rest, re.DOTALL):
         return (
             "has more parts than DefaultKeyBuilder(with_destiny=False) writes: pass the key "
             "builder with the options it was built with"
         )
-    if builder.with_destiny and re.fullmatch(f"{ids}{separated}{number}{separated}.*", rest):
+    if builder.with_destiny and re.fullmatch(f"{ids}{separated}{NUMBER}{separated}.*", rest):
         return (
             "has a destiny that begins with a number and the separator, which reads as a topic "
             f"(with_destiny=True, separator={separator!r})"

@@ -10,7 +10,6 @@ from functools import partial
 from hashlib import blake2b
 from typing import Any, NamedTuple, TypeVar
 
-from aiogram.exceptions import DataNotDictLikeError
 from aiogram.fsm.storage.base import StorageKey
 from sqlalchemy import Connection
 
@@ -128,7 +127,7 @@ class Move:
             here[given.row] = given.texts
         elif given.row not in here:
             return False
-        elif self.is_same(given, here[given.row]):
+        elif self.content(given, here[given.row]) == self.content(given, given.texts):
             self._report.same += 1
         else:
             self._report.different += 1
@@ -146,8 +145,8 @@ class Move:
             try:
                 row = self._codec.row(each.key)
                 texts = Texts(self._codec.state(each.state), self._codec.dump(each.data))
-            except (TypeError, ValueError, DataNotDictLikeError) as error:
-                refused.append(Refused(each.name, str(error)))
+            except Exception as error:  # the application's functions raise what they like
+                refused.append(Refused(each.name, str(error) or repr(error)))
             else:
                 given.append(Given(each.name, each.key, row, texts, each.age))
         why = await self._reading(partial(self._reasons, given)) if given else {}
@@ -159,18 +158,14 @@ class Move:
         rows = list({each.row for each in given})
         return await self._reading(partial(self._absent.read, rows=rows)) if rows else {}
 
-    def is_same(self, given: Given, here: Texts) -> bool:
-        """Tell whether a row holds a conversation, however its JSON is written."""
-        return self.content(given, given.texts) == self.content(given, here)
-
-    def content(self, given: Given, texts: Texts) -> bytes:
-        """Return a hash of what a row holds."""
+    def content(self, given: Given, texts: Texts) -> int:
+        """Return a hash of what a row holds, the same however its JSON is written."""
         try:
             data: Any = self._codec.load(given.key, texts.data)
         except CorruptDataError:
             data = texts.data
         whole = json.dumps([given.row, texts.state, data], sort_keys=True, default=repr)
-        return blake2b(whole.encode(), digest_size=16).digest()
+        return int.from_bytes(blake2b(whole.encode(), digest_size=16).digest(), "big")
 
     async def _insert(self, absent: Mapping[str, Given]) -> set[str]:
         """Insert the rows that are not here, unless the source has changed; return their ids."""
@@ -217,29 +212,26 @@ class Check:
         self._sum = self._target_sum = 0
         self._again: list[str] = []
 
-    async def compare(self, names: Sequence[str]) -> None:
-        """Compare a batch."""
+    async def compare(self, names: Sequence[str], *, is_last: bool = False) -> None:
+        """Compare a batch.
+
+        :param is_last: whether what is missing or different is not looked at once more
+        """
         given, _ = await self._move.read(names)
         here = await self._move.here(given)
         for each in given:
-            is_same = each.row in here and self._move.is_same(each, here[each.row])
-            if not is_same and len(self._again) < _LOOKED_AT_AGAIN:
+            expected = self._move.content(each, each.texts)
+            found = self._move.content(each, here[each.row]) if each.row in here else None
+            if found is not None and found == expected:
+                self._sum += expected
+                self._target_sum += found
+            elif not is_last and len(self._again) < _LOOKED_AT_AGAIN:
                 self._again.append(each.name)
+            elif found is None:
+                self._sum += expected
+                self._missing += 1
             else:
-                self._count(each, here.get(each.row), is_same=is_same)
-
-    def _count(self, given: Given, here: Texts | None, *, is_same: bool) -> None:
-        if here is not None and not is_same:
-            self._different += 1
-            return
-        self._sum += self._number(given, given.texts)
-        if here is None:
-            self._missing += 1
-        else:
-            self._target_sum += self._number(given, here)
-
-    def _number(self, given: Given, texts: Texts) -> int:
-        return int.from_bytes(self._move.content(given, texts), "big")
+                self._different += 1
 
     async def finish(self, report: Report, batch: int) -> None:
         """Write down what was found.
@@ -249,11 +241,7 @@ class Check:
         if self._again:
             await sleep(_PAUSE)
         for first in range(0, len(self._again), batch):
-            given, _ = await self._move.read(self._again[first : first + batch])
-            here = await self._move.here(given)
-            for each in given:
-                is_same = each.row in here and self._move.is_same(each, here[each.row])
-                self._count(each, here.get(each.row), is_same=is_same)
+            await self.compare(self._again[first : first + batch], is_last=True)
         report.missing = self._missing
         report.changed = max(0, self._different - report.different)
         report.checksum = f"{self._sum % _MODULUS:032x}"

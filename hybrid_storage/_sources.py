@@ -10,18 +10,15 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol
 
 from aiogram.fsm.storage.base import DefaultKeyBuilder, KeyBuilder, StorageKey
 
 from ._default_keys import parse_default_key
-from .keys import FullKeyBuilder
+from .keys import FullKeyBuilder, Parse
 
 if TYPE_CHECKING:
     from aiogram.fsm.storage.redis import RedisStorage
-
-Parse: TypeAlias = Callable[[str], StorageKey]
-"""Makes a key of its text, or raises a ValueError that says why not."""
 
 MODULE = "hybrid_storage.migration"
 

@@ -14,28 +14,49 @@ from typing import Any
 import sqlalchemy as sa
 from aiogram.fsm.storage.base import StorageKey
 
-from ._sources import MODULE, Conversation, Parse, Refused, parser_of, read_one
+from ._sources import MODULE, Conversation, Refused, parser_of, read_one
 from ._sql.results import executed
+from .keys import NUMBER, Parse
 from .storage import SQLAlchemyStorage
 
 
 class _OfRows(ABC):
     """A source of which each row is a conversation."""
 
-    _table: _Table
+    def __init__(self, storage: SQLAlchemyStorage, table: sa.Table, key: str) -> None:
+        self.storage = storage
+        name = table.c[key]
+        self._name = f"all of {table.fullname}"
+        page = sa.select(name).order_by(name).limit(sa.bindparam("_batch"))
+        self._first: Any = page
+        self._next: Any = page.where(name > sa.bindparam("_last"))
+        these = name.in_(sa.bindparam("_names", expanding=True))
+        self._select: Any = sa.select(name, table.c.state, table.c.data).where(these)
 
-    def names(self, batch: int) -> AsyncIterator[Sequence[str]]:
+    async def names(self, batch: int) -> AsyncIterator[Sequence[str]]:
         """List the rows' ids. See :class:`Source`."""
-        return self._table.names(batch)
+        found = await self._rows(self._first, {"_batch": batch})
+        while found:
+            names = [name for (name,) in found]
+            yield names
+            found = await self._rows(self._next, {"_batch": batch, "_last": names[-1]})
 
     async def read(self, names: Sequence[str]) -> Sequence[Conversation | Refused]:
         """Return what the rows hold. See :class:`Source`."""
-        found = await self._table.read(names)
         return [
             read_one(name, partial(self._conversation, name, state, data))
-            for name, state, data in found
+            for name, state, data in await self._rows(self._select, {"_names": list(names)})
             if state is not None or data
         ]
+
+    async def _rows(
+        self, statement: sa.Executable, parameters: Mapping[str, Any]
+    ) -> Sequence[Sequence[Any]]:
+        def rows(connection: sa.Connection) -> Sequence[Sequence[Any]]:
+            return executed(connection, statement, parameters).rows or ()
+
+        storage = self.storage
+        return await storage._access.execute(storage._calls.reading(self._name, rows))
 
     @abstractmethod
     def _conversation(self, name: str, state: str | None, data: Any) -> Conversation:
@@ -58,9 +79,8 @@ class TableSource(_OfRows):
         :param parse: makes keys of text, for a key builder of your own
         :raises TypeError: if the key builder is your own and ``parse`` is missing
         """
-        self.storage = storage
+        super().__init__(storage, storage.table, "id")
         self._parse = parser_of(storage.key_builder, bot_id, parse)
-        self._table = _Table(storage, storage.table, "id")
 
     def _conversation(self, name: str, state: str | None, data: str | None) -> Conversation:
         key = self._parse(name)
@@ -87,49 +107,16 @@ class RaitoSource(_OfRows):
         """
         columns = (sa.Column("key", sa.String), sa.Column("state", sa.String))
         table = sa.Table(table_name, sa.MetaData(), *columns, sa.Column("data", sa.JSON))
-        self._table = _Table(storage, table, "key")
+        super().__init__(storage, table, "key")
         self._separator = separator
 
     def _conversation(self, name: str, state: str | None, data: Any) -> Conversation:
         return Conversation(name, _parse_raito(name, self._separator), state, data or {})
 
 
-class _Table:
-    """Reads a table by its keys, some rows at a time."""
-
-    def __init__(self, storage: SQLAlchemyStorage, table: sa.Table, key: str) -> None:
-        self.storage = storage
-        name = table.c[key]
-        self._name = f"all of {table.fullname}"
-        page = sa.select(name).order_by(name).limit(sa.bindparam("_batch"))
-        self._first: Any = page
-        self._next: Any = page.where(name > sa.bindparam("_last"))
-        these = name.in_(sa.bindparam("_names", expanding=True))
-        self._select: Any = sa.select(name, table.c.state, table.c.data).where(these)
-
-    async def names(self, batch: int) -> AsyncIterator[Sequence[str]]:
-        found = await self._rows(self._first, {"_batch": batch})
-        while found:
-            names = [name for (name,) in found]
-            yield names
-            found = await self._rows(self._next, {"_batch": batch, "_last": names[-1]})
-
-    async def read(self, names: Sequence[str]) -> Sequence[Sequence[Any]]:
-        return await self._rows(self._select, {"_names": list(names)})
-
-    async def _rows(
-        self, statement: sa.Executable, parameters: Mapping[str, Any]
-    ) -> Sequence[Sequence[Any]]:
-        def rows(connection: sa.Connection) -> Sequence[Sequence[Any]]:
-            return executed(connection, statement, parameters).rows or ()
-
-        storage = self.storage
-        return await storage._access.execute(storage._calls.reading(self._name, rows))
-
-
 def _parse_raito(text: str, separator: str) -> StorageKey:
     """Return the key of bot, chat and user, then topic, business connection and destiny if set."""
-    first = re.match(f"(-?[0-9]+){re.escape(separator)}" * 3, text + separator)
+    first = re.match(f"({NUMBER}){re.escape(separator)}" * 3, text + separator)
     if first is None:
         raise ValueError(
             f"{text!r} does not begin with the numbers of bot, chat and user, separated by "

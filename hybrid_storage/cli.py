@@ -45,8 +45,7 @@ def _parse_key(text: str) -> StorageKey:
         raise ValueError(f"{text!r} is no key: write bot:chat:user, such as 42:7:7") from None
 
 
-def _with_key(function: Callable[..., Any]) -> Callable[..., Any]:
-    return click.argument("key", callback=parsed(_parse_key))(function)
+_with_key = click.argument("key", callback=parsed(_parse_key))
 
 
 def _with_filters(function: Callable[..., Any]) -> Callable[..., Any]:

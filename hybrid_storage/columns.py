@@ -6,10 +6,9 @@ understands. With them the storage finds, counts, changes and expires conversati
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from aiogram.fsm.storage.base import DEFAULT_DESTINY, StorageKey
+from aiogram.fsm.storage.base import StorageKey
 from sqlalchemy import BigInteger, ColumnElement, Double, Index, String, literal_column
 from sqlalchemy.dialects import mysql
 from sqlalchemy.orm import Mapped, declared_attr, mapped_column
@@ -83,8 +82,3 @@ def key_of(row: Any) -> StorageKey | None:
     if row.conversation is None:
         return None
     return StorageKey(**{name: getattr(row, name) for name in FIELDS})
-
-
-def default_destiny(key: StorageKey) -> StorageKey:
-    """Return the key of a conversation's main row."""
-    return key if key.destiny == DEFAULT_DESTINY else replace(key, destiny=DEFAULT_DESTINY)

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 from aiogram.fsm.state import State, StatesGroup
-from aiogram.fsm.storage.base import StateType, StorageKey
+from aiogram.fsm.storage.base import StateType
 from sqlalchemy import Connection
 from typing_extensions import Unpack
 
-from ._steps import Batch, Step, Steps
+from ._steps import Step, Steps
 from .finding import Filters, FoundConversation
+from .keys import Parse
 from .operations import AnySync, Calls, ConversationOperations, run
 
-Parse = Callable[[str], StorageKey]
+T = TypeVar("T")
 
 
 class Operations(ConversationOperations):
@@ -62,10 +63,7 @@ class Operations(ConversationOperations):
         :return: the numbers by the state's name; None stands for no state
         """
         where = self._steps.where("count", filters)
-        numbers: dict[str | None, int] = self._read(
-            session, partial(self._steps.count, where=where)
-        )
-        return numbers
+        return self._read(session, partial(self._steps.count, where=where))
 
     def change_states(
         self, session: AnySync, state: StateType, /, **filters: Unpack[Filters]
@@ -151,13 +149,13 @@ class Operations(ConversationOperations):
         """
         return self._all(session, self._steps.filling(parse, written_now))
 
-    def _read(self, session: AnySync, function: Callable[[Connection], Any]) -> Any:
+    def _read(self, session: AnySync, function: Callable[[Connection], T]) -> T:
         return run(session, self._calls.reading("conversations", function))
 
     def _all(self, session: AnySync, step: Step) -> int:
         changed, after = 0, None
         while True:
-            batch: Batch = run(session, self._calls.writing("conversations", partial(step, after)))
+            batch = run(session, self._calls.writing("conversations", partial(step, after)))
             changed += batch.changed
             if not batch.rows:
                 return changed

@@ -94,12 +94,7 @@ def where_of(what: str, filters: Filters, *, is_change: bool = False) -> Where:
 
 def found(rows: Sequence[Any], codec: Codec) -> list[FoundConversation]:
     """Return conversations of rows, without those whose columns have not been filled."""
-    keys = [key_of(row) for row in rows]
-    return [
-        conversation(key, row, codec)
-        for key, row in zip(keys, rows, strict=True)
-        if key is not None
-    ]
+    return [conversation(key, row, codec) for row in rows if (key := key_of(row)) is not None]
 
 
 def conversation(key: StorageKey, row: Any, codec: Codec) -> FoundConversation:
@@ -119,17 +114,9 @@ def names_of(old: object, new: object) -> tuple[str, str, bool]:
 
     :raises TypeError: if they are not both states, or both groups
     """
-    kinds = [isinstance(each, type) and issubclass(each, StatesGroup) for each in (old, new)]
-    names: list[Any]
-    if any(kinds):
-        names = [
-            each.__full_group_name__ if kind else each  # type: ignore[attr-defined]
-            for kind, each in zip(kinds, (old, new), strict=True)
-        ]
-        is_group = True
-    else:
-        names = [each.state if isinstance(each, State) else each for each in (old, new)]
-        is_group = False
+    is_group = any(isinstance(each, type) and issubclass(each, StatesGroup) for each in (old, new))
+    name_of = _group_name if is_group else _state_name
+    names = [name_of(old), name_of(new)]
     if not all(isinstance(name, str) and name for name in names):
         raise TypeError(
             f"rename_state() takes two states, two groups or their names, not {old!r} and {new!r}"
@@ -142,9 +129,16 @@ def _names(states: object) -> list[str]:
         return list(states.__all_states_names__)
     if isinstance(states, (State, str)):
         states = [states]
-    if not isinstance(states, Sequence):
-        raise TypeError(f"state is a State, a StatesGroup, a name or several, not {states!r}")
-    names = [each.state if isinstance(each, State) else each for each in states]
-    if not all(isinstance(name, str) for name in names):
-        raise TypeError(f"state is a State, a StatesGroup, a name or several, not {states!r}")
-    return [str(name) for name in names]
+    if isinstance(states, Sequence):
+        names = [_state_name(each) for each in states]
+        if all(isinstance(name, str) for name in names):
+            return names
+    raise TypeError(f"state is a State, a StatesGroup, a name or several, not {states!r}")
+
+
+def _state_name(state: object) -> Any:
+    return state.state if isinstance(state, State) else state
+
+
+def _group_name(group: object) -> Any:
+    return getattr(group, "__full_group_name__", group)

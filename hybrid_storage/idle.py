@@ -13,10 +13,10 @@ from aiogram.fsm.storage.base import StorageKey
 from typing_extensions import Unpack
 
 from ._arguments import check_functions, check_seconds
+from ._codec import default_destiny
 from ._engine.errors import in_short
 from ._engine.retries import logger
 from ._sql.conversations import Where
-from .columns import default_destiny
 from .finding import Filters, FoundConversation
 from .isolation import SQLAlchemyEventIsolation
 from .steering import Steering
@@ -87,10 +87,6 @@ class Idle(Steering[S]):
         return await round.run()
 
 
-class _NotAsynchronous(Exception):
-    """The action has returned something that cannot be awaited."""
-
-
 class _Round:
     """Looks for idle conversations, and hands them out."""
 
@@ -145,8 +141,6 @@ class _Round:
         try:
             async with self._isolation.lock(key):
                 await self._hand_out(key)
-        except _NotAsynchronous:
-            self._is_wrong = True
         except Exception:
             self._failed[key] = time.monotonic() + self._retry_after
             logger.exception("%s failed for %s", self, key)
@@ -162,7 +156,8 @@ class _Round:
             return
         result: object = self._action(await storage.conversation(key))
         if not isawaitable(result):
-            raise _NotAsynchronous
+            self._is_wrong = True
+            return
         await result
         await storage.flush()
         mark = partial(steps.handled, key=key, after=self._after)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, TypeAlias
 from urllib.parse import quote, unquote
 
 from aiogram.fsm.storage.base import DEFAULT_DESTINY, KeyBuilder, StorageKey
 
-_NUMBER = "-?[0-9]+"
+Parse: TypeAlias = Callable[[str], StorageKey]
+"""Makes a key of its text, or raises a ValueError that says why not."""
+NUMBER = "-?[0-9]+"
 _BUILT = re.compile(
-    f"({_NUMBER}):({_NUMBER}):({_NUMBER})(?::thread_id=({_NUMBER}))?"
+    f"({NUMBER}):({NUMBER}):({NUMBER})(?::thread_id=({NUMBER}))?"
     "(?::business_connection_id=([^:]*))?(?::destiny=([^:]*))?"
 )
 

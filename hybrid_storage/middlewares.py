@@ -75,7 +75,7 @@ class SessionMiddleware(BaseMiddleware):
         :param data: the handlers' arguments
         :return: what the handler returns
         """
-        others: dict[str, Any] = {name: data[name] for name in (self._name,) if name in data}
+        former: dict[str, Any] = {self._name: data[self._name]} if self._name in data else {}
         try:
             async with self._storage.transaction(allow_blocking=self._allow_blocking) as session:
                 data[self._name] = session
@@ -84,11 +84,11 @@ class SessionMiddleware(BaseMiddleware):
                 except (SkipHandler, CancelHandler) as error:
                     decision = error
         except BaseException:  # of a handler, or because it could not begin or commit
-            others.setdefault(self._name, _EndedSession())
+            former.setdefault(self._name, _EndedSession())
             raise
         finally:
             data.pop(self._name, None)
-            data.update(others)
+            data.update(former)
         raise decision
 
 

@@ -98,9 +98,9 @@ def model_for(metadata: object, table_name: object, *, columns: bool = False) ->
     :raises ValueError: if the metadata has a table of that name with other columns
     """
     if isinstance(table_name, type):
-        own = table_of(table_name).metadata
-        _check_writable(table_of(table_name))
-        if metadata is not None and getattr(metadata, "metadata", metadata) is not own:
+        table = table_of(table_name)
+        _check_writable(table)
+        if metadata is not None and getattr(metadata, "metadata", metadata) is not table.metadata:
             raise ValueError(
                 f"the model {table_name.__name__} has a MetaData of its own: leave out metadata, "
                 "or pass the declarative base that it inherits from"
@@ -115,8 +115,8 @@ def model_for(metadata: object, table_name: object, *, columns: bool = False) ->
             f"pass table_name={name!r} and a MetaData(schema={schema!r})"
         )
     if metadata is None:
-        return declare_model(MetaData(), table_name, columns=columns)
-    if not isinstance(metadata, type):
+        metadata = MetaData()
+    elif not isinstance(metadata, type):
         metadata = getattr(metadata, "metadata", metadata)  # a registry, Flask-SQLAlchemy's db
     if isinstance(metadata, MetaData) or _has_metadata(metadata):
         return declare_model(metadata, table_name, columns=columns)
@@ -146,10 +146,11 @@ def declare_model(
     schema = _schema(base)
     name = f"{schema}.{table_name}" if schema else table_name
     table = metadata.tables.get(name)
-    if table is not None and table in _models:
-        declared = _models[table]()
+    if table is not None:  # may have been reflected, or declared by the application
+        _check_columns(table, "id", "state", "data")
+        _check_lookups(table, columns)
+        declared = _models[table]() if table in _models else None
         if declared is not None:
-            _check_lookups(table, columns)
             return declared
     # A base of dataclasses, or of pydantic's as SQLModel's, takes no mixin: it lends its metadata.
     inherits = isinstance(base, type) and not (
@@ -159,16 +160,15 @@ def declare_model(
     attributes: dict[str, Any] = {"__module__": __name__}
     if table is None:
         attributes["__tablename__"] = table_name
-    else:  # reflected, or declared by the application
-        _check_columns(table, "id", "state", "data")
-        _check_lookups(table, columns)
+    else:
         attributes["__table__"] = table
     # A declarative base wants the names of its classes to differ, as those of its tables do.
     metaclass: Any = type(parent)
     mixins = (ConversationColumns, FSMData) if columns and table is None else (FSMData,)
     model = cast("type[FSMData]", metaclass(name, (*mixins, parent), attributes))
-    _check_writable(table_of(model))
-    _models[table_of(model)] = ref(model)
+    table = table_of(model)
+    _check_writable(table)
+    _models[table] = ref(model)
     return model
 
 

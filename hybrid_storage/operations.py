@@ -22,8 +22,9 @@ from aiogram.fsm.storage.base import StateType, StorageKey
 from sqlalchemy import Connection, inspect
 from sqlalchemy.orm import Session, scoped_session
 
-from ._codec import Change, Codec, Merge
+from ._codec import Change, Codec
 from ._engine.calls import Call
+from ._sql.changes import Change as TextChange
 from ._sql.changes import ChangedRow
 from ._sql.lookups import Row, columns_of
 from ._sql.rows import Rows
@@ -96,18 +97,25 @@ class Calls:
     def _changing(self, key: StorageKey, function: Change) -> Call[dict[str, Any]]:
         row = self.row(key)
 
-        def change(connection: Connection) -> dict[str, Any]:
-            merge = Merge(self._codec, key, function)
-            self._rows.update_data(connection, row, merge)
-            return merge.data
+        def changed_by(update: Callable[[TextChange], None]) -> dict[str, Any]:
+            data: dict[str, Any] = {}
 
-        def change_in_unit(changed: ChangedRow) -> dict[str, Any]:
-            merge = Merge(self._codec, key, function)
-            changed.update_data(merge)
-            return merge.data
+            def merge(text: str | None) -> str:
+                nonlocal data
+                new = self._codec.dump(function(self._codec.load(key, text)))
+                # Parsed anew: nothing of the caller's own objects gets into the result.
+                data = self._codec.load(key, new)
+                return new
 
-        in_transaction = self._rows.needs_transaction
-        return self.writing(row, change, change_in_unit, in_transaction=in_transaction)
+            update(merge)
+            return data
+
+        return self.writing(
+            row,
+            lambda connection: changed_by(partial(self._rows.update_data, connection, row)),
+            lambda changed: changed_by(changed.update_data),
+            in_transaction=self._rows.needs_transaction,
+        )
 
     def clear(self, key: StorageKey) -> Call[None]:
         """Return the call that removes a row."""

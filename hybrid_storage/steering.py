@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from aiogram.fsm.state import State, StatesGroup
 from aiogram.fsm.storage.base import StateType, StorageKey
@@ -19,11 +19,13 @@ from typing_extensions import Unpack
 from ._codec import Change
 from ._engine.retries import logger
 from ._steps import Batch, Step, Steps
-from .conversations import Parse
 from .finding import Filters, FoundConversation
+from .keys import Parse
 from .operations import without
 from .transactions import S
 from .updates import Updates
+
+T = TypeVar("T")
 
 
 class Steering(Updates[S]):
@@ -56,8 +58,7 @@ class Steering(Updates[S]):
         :param key: the conversation's key
         :return: the conversation; with no state and no data if there is none
         """
-        row: Any = await self._read(partial(self._steps.row, key=key))
-        return self._steps.one(key, row)
+        return self._steps.one(key, await self._read(partial(self._steps.row, key=key)))
 
     async def count(self, **filters: Unpack[Filters]) -> int:
         """Count conversations.
@@ -73,8 +74,7 @@ class Steering(Updates[S]):
         :return: the numbers by the state's name; None stands for no state
         """
         where = self._steps.where("count", filters)
-        numbers: dict[str | None, int] = await self._read(partial(self._steps.count, where=where))
-        return numbers
+        return await self._read(partial(self._steps.count, where=where))
 
     async def change_data(self, key: StorageKey, function: Change) -> dict[str, Any]:
         """Replace the data of a conversation by what a function makes of it, losing no field.
@@ -186,7 +186,7 @@ class Steering(Updates[S]):
         """
         return await self._all(self._steps.filling(parse, written_now))
 
-    async def _read(self, function: Callable[[Connection], Any]) -> Any:
+    async def _read(self, function: Callable[[Connection], T]) -> T:
         return await self._access.execute(self._calls.reading("conversations", function))
 
     async def _all(self, step: Step) -> int:

@@ -130,25 +130,22 @@ class SQLAlchemyStorage(Idle[S], BaseStorage, Generic[S, M]):
         self.key_builder: KeyBuilder = checked_key_builder(key_builder or FullKeyBuilder())
         """Makes the row's id of a key."""
         codec = Codec(self.key_builder, json_dumps, json_loads, self.table.fullname)
-        self._codec = codec
         check_columns(self.table, expires_after)
-        self._rows = Rows(self.table, expires_after)
-        self._calls = Calls(self.model, self._rows, codec)
-        self._steps = Steps(self._rows, codec, expires_after)
-        self.operations = Operations(self._calls, self._steps)
-        bind_arguments = self._calls.bind_arguments
-        runner = Runner(*session_factory(factory), bind_arguments, limiter, context)
+        rows = Rows(self.table, expires_after)
+        calls = Calls(self.model, rows, codec)
+        runner = Runner(*session_factory(factory), calls.bind_arguments, limiter, context)
         access = Access(runner, retry_for, slow_after)
-        units = UnitsOfWork(access, self._calls, codec)
+        units = UnitsOfWork(access, calls, codec)
         super().__init__(access, units, getattr(factory, "registry", None))
+        self._codec, self._rows, self._calls = codec, rows, calls
+        self._steps = Steps(rows, codec, expires_after)
+        self.operations = Operations(calls, self._steps)
         self._tables = [self.table]
         self._isolations = set()
         self._fallback: Fallback | None = None
         if fallback is not None:
-            calls, units, transaction = self._calls, self.units, self._own_transaction
-            self._fallback = Fallback(
-                fallback, self._rows, calls, codec, access, units, transaction
-            )
+            transaction = self._own_transaction
+            self._fallback = Fallback(fallback, rows, calls, codec, access, units, transaction)
         self.engine: AnyEngine | None = None
         """The engine that :meth:`from_url` has made: to dispose with ``close=False`` in a process
         that has been forked. None where the factory is the application's."""

@@ -32,9 +32,8 @@ class Tables(Transactions[S]):
         :raises RuntimeError: if the table of event isolation is that of a former version, or if the
             table is there and lacks the columns to look by
         """
-        what = f"creating table {self._tables[0].fullname!r}"
         try:
-            await with_retries(partial(self._with_tables, create), self._access.retry_for, what)
+            await self._retried("creating", create)
         except DBAPIError as error:
             # Another process may have created it between the look and the statement.
             if is_transient(error) or len(await self._with_tables(missing)):
@@ -47,7 +46,7 @@ class Tables(Transactions[S]):
         :raises RuntimeError: if it is missing, or that of event isolation where it is used, or if
             the latter is that of a former version
         """
-        for name in await self._look(missing):
+        for name in await self._retried("looking at", missing):
             raise RuntimeError(
                 f"table {name!r} is missing: create it with `await storage.create_table()`, "
                 "`metadata.create_all(engine)` or a migration"
@@ -55,7 +54,7 @@ class Tables(Transactions[S]):
         await self._check_columns()
 
     async def _check_columns(self) -> None:
-        for name, columns in await self._look(lacking):
+        for name, columns in await self._retried("looking at", lacking):
             if name == self._tables[0].fullname:
                 raise RuntimeError(
                     f"table {name!r} lacks the columns {', '.join(columns)}, to look conversations "
@@ -68,11 +67,10 @@ class Tables(Transactions[S]):
                 "or migrate it with Alembic"
             )
 
-    async def _look(self, function: Callable[[Connection, list[Table]], T]) -> T:
-        what = f"looking at table {self._tables[0].fullname!r}"
-        return await with_retries(
-            partial(self._with_tables, function), self._access.retry_for, what
-        )
+    async def _retried(self, doing: str, function: Callable[[Connection, list[Table]], T]) -> T:
+        what = f"{doing} table {self._tables[0].fullname!r}"
+        attempt = partial(self._with_tables, function)
+        return await with_retries(attempt, self._access.retry_for, what)
 
     def _with_tables(self, function: Callable[[Connection, list[Table]], T]) -> Awaitable[T]:
         return self._in_own_transaction(

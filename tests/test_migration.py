@@ -264,6 +264,25 @@ async def test_what_the_target_cannot_hold_is_refused_and_the_rest_is_moved(
     assert await storage.get_state(KEY) == "Form:name"
 
 
+async def test_what_the_targets_json_dumps_refuses_with_any_error_is_refused(
+    open_storage: Open,
+) -> None:
+    def dumps(data: Any) -> str:
+        if data["number"] > 2**63:
+            raise OverflowError
+        return json.dumps(data)
+
+    given = [
+        Conversation(str(user), StorageKey(42, 7, user), None, {"number": number})
+        for user, number in enumerate((1, 2**64), start=1)
+    ]
+    storage = await open_storage(SQLITE[0], json_dumps=dumps)
+    report = await migrate(Given(*given), storage)
+    assert (report.found, report.moved, report.refused) == (2, 1, 1)
+    assert report.refusals == [Refused("2", "OverflowError()")]
+    assert report.verified
+
+
 async def test_a_report_lists_a_thousand_refused_keys(open_storage: Open) -> None:
     source = Given(*(Refused(str(number), "for a reason") for number in range(1500)))
     report = await migrate(source, await open_storage(SQLITE[0]))
