@@ -25,6 +25,7 @@ T = TypeVar("T")
 _LISTED = 1000  # refused keys that a report lists: there may be millions
 _LOOKED_AT_AGAIN = 10_000  # conversations that seem to be missing or changed
 _PAUSE = 0.5  # seconds before that
+_LOOKS = 5  # at most, while a bot at work goes on
 _MODULUS = 1 << 128
 
 
@@ -238,10 +239,14 @@ class Check:
 
         A bot may have moved a conversation since it was read, or is about to remove it there.
         """
-        if self._again:
+        for look in range(1, _LOOKS + 1):
+            again, self._again = self._again, []
+            if not again:
+                break
             await sleep(_PAUSE)
-        for first in range(0, len(self._again), batch):
-            await self.compare(self._again[first : first + batch], is_last=True)
+            is_last = look == _LOOKS or len(again) <= report.different
+            for first in range(0, len(again), batch):
+                await self.compare(again[first : first + batch], is_last=is_last)
         report.missing = self._missing
         report.changed = max(0, self._different - report.different)
         report.checksum = f"{self._sum % _MODULUS:032x}"

@@ -369,7 +369,7 @@ async def test_what_was_lost_or_changed_before_the_second_look_is_told(
     assert str(report).endswith("NOT verified: 1 missing, 1 changed since")
 
 
-async def test_what_a_bot_has_moved_before_the_second_look_is_no_loss(
+async def test_what_a_bot_removes_from_the_source_after_the_second_look_is_no_loss(
     storage: SQLAlchemyStorage,
 ) -> None:
     source = Given(Conversation("one", KEY, "one", {}))
@@ -380,7 +380,7 @@ async def test_what_a_bot_has_moved_before_the_second_look_is_no_loss(
     async def leave() -> None:
         source.found.clear()
 
-    source.before_read = [nothing, nothing, clear, leave]
+    source.before_read = [nothing, nothing, clear, nothing, leave]
     assert (await migrate(source, storage)).verified
 
 
