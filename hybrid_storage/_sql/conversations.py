@@ -226,7 +226,7 @@ class Conversations:
         """Return ids and data of rows of scenes' histories and of dialogs."""
         columns = self.table.c
         is_scene, is_dialog = columns.destiny == "scenes_history", columns.destiny.like("aiogd:%")
-        statement = sa.select(columns.id, columns.data).where(sa.or_(is_scene, is_dialog))
+        statement: Any = sa.select(columns.id, columns.data).where(sa.or_(is_scene, is_dialog))
         return self._by_id(connection, statement, after, limit)
 
     def data_locked(self, connection: Connection, id: str) -> str | None:

@@ -93,18 +93,19 @@ class Leases:
         dialect = self._dialect(connection)
         parameters: dict[str, Any] = {"_row": row, "_owner": owner, "_lease": lease}
         is_latest = True
+        rows: Sequence[Sequence[Any]] = []
         if dialect.taking is not None:
             statement, these = dialect.taking.statement(wanted)
-            rows = self.execute(connection, statement, {**parameters, **these}).rows or ()
+            rows = self.execute(connection, statement, {**parameters, **these}).rows or []
             version, seen = rows[0][:2]
             is_latest = version == (seen or 0) + 1
         else:
             answer = executed(connection, dialect.acquire, parameters)
-            version, rows = answer.scalar(), ()
+            version = answer.scalar()
             # Read after the upsert has locked the row, or not taken.
             if answer.rows is None or (answer.rows and wanted):
                 parameters = {"_row": row, "_wanted": list(wanted)}
-                rows = executed(connection, dialect.read, parameters).rows or ()
+                rows = executed(connection, dialect.read, parameters).rows or []
             if answer.rows is None and rows[0][1] == owner:
                 version = rows[0][0]
         if version is None:
