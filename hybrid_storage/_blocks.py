@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 from ._codec import CorruptDataError
 from ._engine.calls import Call
 from ._engine.scopes import Scope
 from ._sql.changes import ChangedRow, Texts
+
+T = TypeVar("T")
 
 _UNKNOWN = Texts()
 """What a row holds that was read in a block that failed: not this, so that it is read again."""
@@ -69,9 +71,15 @@ class Before:
         for call in self._others:
             # On data that the block had replaced, and that cannot be changed.
             with suppress(CorruptDataError):
-                assert call.in_unit is not None
-                call.in_unit(rows[call.row])
+                changed_by(call, rows[call.row])
         return rows, unknown
+
+
+def changed_by(call: Call[T], row: ChangedRow) -> T:
+    """Do a call to the row that has been read."""
+    assert call.in_unit is not None
+    row.columns = call.columns or row.columns
+    return call.in_unit(row)
 
 
 _entered: ContextVar[tuple[Block, ...]] = ContextVar("blocks", default=())

@@ -69,6 +69,7 @@ class Fallback:
         if not isinstance(old, BaseStorage):
             raise TypeError(f"fallback is a storage of aiogram's, a BaseStorage, not {old!r}")
         self._old = old
+        self._rows = rows
         self._absent = AbsentRows(rows)
         self._calls = calls
         self._codec = codec
@@ -135,7 +136,7 @@ class Fallback:
             self._read_anew(key)
             await self._old.set_state(key, None)
             await self._old.set_data(key, {})
-            await self._write(row, partial(self._absent.delete_if_empty, row=row))
+            await self._write(row, partial(self._rows.delete_if_empty, row=row))
         self._remember(key)
 
     async def _adopt(self, key: StorageKey, row: str, texts: Texts) -> None:

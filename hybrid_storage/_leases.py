@@ -6,10 +6,10 @@ For ``isolation.py``. No connection and no thread is held while a handler runs.
 from __future__ import annotations
 
 import asyncio
-import operator
+import random
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextvars import Context
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,6 @@ from typing import TypeVar
 from anyio.lowlevel import RunVar
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
-from tenacity import AsyncRetrying, retry_if_result, wait_random_exponential
 
 from ._engine.access import Access
 from ._engine.calls import Call
@@ -94,25 +93,20 @@ class HeldLeases:
             return taken
 
         try:
-            taken = await attempt() or await self._asking_again(attempt)
+            taken, pause = await attempt(), FIRST_PAUSE
+            while taken is None:
+                await asyncio.sleep(random.uniform(0, pause))
+                taken, pause = await attempt(), min(2 * pause, self._poll)
         except BaseException as error:
             # It may have been taken, for a caller that is gone.
             if unanswered and not is_missing_table(error):
                 await run_to_completion(partial(self._release, here, row, retry_for=0))
             raise
-        assert taken is not None
         fence = Fence(row, here.owner, taken.version, self._lease)
         hold = here.holds[row] = HeldLease(fence, deadline, taken)
         # It counts from the moment of asking, and may have been long in coming.
         self._schedule(here, deadline - 2 / 3 * self._lease - time.monotonic())
         return hold
-
-    async def _asking_again(self, attempt: Callable[[], Awaitable[Taken | None]]) -> Taken | None:
-        again: AsyncRetrying = AsyncRetrying(
-            retry=retry_if_result(operator.not_),
-            wait=wait_random_exponential(multiplier=FIRST_PAUSE, max=self._poll),
-        )
-        return await again(attempt)
 
     async def free(self, hold: HeldLease, *, is_freed: bool, is_locked: bool) -> None:
         """Hold a lease no longer.

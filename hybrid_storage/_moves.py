@@ -198,7 +198,7 @@ class Move:
         why: dict[str, str] = {}
         for each in given:
             try:
-                self._absent.check(connection, each.row, each.texts)
+                self._target._rows.check(connection, each.row, *each.texts)
             except ValueError as error:
                 why[each.name] = str(error)
         return why

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from weakref import ref
@@ -34,7 +34,8 @@ class Queues:
     @contextmanager
     def queue(self, row: str) -> Iterator[anyio.Semaphore]:
         """Give the queue for a conversation, which is gone when nobody uses it any more."""
-        turn, users = self._queues.get(row) or (_semaphore(), 0)
+        turn, users = self._queues.get(row) or (None, 0)
+        turn = turn or anyio.Semaphore(1, max_value=1, fast_acquire=True)
         self._queues[row] = turn, users + 1
         try:
             yield turn
@@ -51,7 +52,7 @@ class OneLoop:
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
-        self._loop = _no_loop
+        self._loop: Callable[[], asyncio.AbstractEventLoop | None] = lambda: None
         self._process = 0
         self._users = 0
 
@@ -79,18 +80,6 @@ class OneLoop:
                     self._users -= 1
 
 
-def _no_loop() -> asyncio.AbstractEventLoop | None:
-    return None
-
-
-def _semaphore() -> anyio.Semaphore:
-    return anyio.Semaphore(1, max_value=1, fast_acquire=True)
-
-
-def current_task() -> object:
-    return asyncio.current_task()
-
-
 @dataclass
 class HeldLock:
     """A conversation that a task holds, known to what the task calls."""
@@ -99,7 +88,7 @@ class HeldLock:
     """The id of its row."""
     keys: set[StorageKey]
     parent: HeldLock | None
-    task: object = field(default_factory=current_task)
+    task: object = field(default_factory=asyncio.current_task)
     is_held: bool = True
 
     @contextmanager

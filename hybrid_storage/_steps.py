@@ -15,9 +15,8 @@ from sqlalchemy import Connection
 
 from ._arguments import NO_COLUMNS
 from ._codec import Codec, CorruptDataError
-from ._sql.conversations import Conversations, Where
+from ._sql.conversations import GROUP_ENDS, Conversations, Where
 from ._sql.lookups import has_columns
-from ._sql.renames import GROUP_ENDS
 from ._sql.rows import Rows
 from .columns import key_of, values_of
 from .finding import Filters, FoundConversation, conversation, found, names_of, where_of
@@ -100,10 +99,10 @@ class Steps:
             rows = self.page(connection, where, after)
             if not rows:
                 return Batch(rows, 0)
-            before = self._sql.locked(connection, sorted({row.conversation for row in rows}))
-            ids = [row.id for row in rows if row.id in before]
-            self._sql.delete(connection, where, ids)
-            left = self._sql.there(connection, ids)  # changed by others meanwhile
+            names = sorted({row.conversation for row in rows})
+            before = self._sql.locked(connection, names)
+            self._sql.delete(connection, where, [row.id for row in rows if row.id in before])
+            left = self._sql.locked(connection, names)  # changed by others meanwhile
             gone = {row.conversation for row in rows if row.id in before - left}
             self._sql.delete_conversations(connection, sorted(gone))
             return Batch(rows, len(gone))
@@ -180,7 +179,7 @@ class Steps:
             if is_taken is None:
                 is_taken = to != row.conversation and self._sql.is_there(connection, to)
             if is_taken:
-                self._sql.remove(connection, [row.id])
+                self._sql.remove(connection, row.id)
             else:
                 moved += self._sql.move(connection, row.id, self._codec.row(key), values)
         return moved
@@ -191,19 +190,19 @@ class Steps:
         parse = parse or FullKeyBuilder().parse
 
         def step(after: Any, connection: Connection) -> Batch:
-            ids = self._sql.unfilled(connection, after or "", PAGE)
+            rows = self._sql.unfilled(connection, after, PAGE)
             filled = 0
-            for id in ids:
+            for row in rows:
                 try:
-                    key = parse(id)
-                    if self._codec.row(key) != id:
+                    key = parse(row.id)
+                    if self._codec.row(key) != row.id:
                         continue
                 except ValueError:
                     continue  # another key builder's; left as it is, and told by the number
                 values = values_of(key, self._codec.conversation(key))
-                self._sql.fill(connection, id, values, is_written=written_now)
+                self._sql.fill(connection, row.id, values, is_written=written_now)
                 filled += 1
-            return Batch(ids, filled)
+            return Batch(rows, filled)
 
         return step
 
@@ -224,16 +223,17 @@ class Steps:
     def _rename(
         self, old: str, new: str, is_group: bool, after: Any, connection: Connection
     ) -> Batch:
-        ids = self._sql.in_state(connection, old, after or "", PAGE, is_group=is_group)
+        rows = self._sql.in_state(connection, old, after, PAGE, is_group=is_group)
         changed = 0
-        if ids:
+        if rows:
+            ids = [row.id for row in rows]
             changed = self._sql.rename_state(connection, ids, old, new, is_group=is_group)
-        return Batch(ids, changed)
+        return Batch(rows, changed)
 
     def _rename_in_data(
         self, old: str, new: str, is_group: bool, after: Any, connection: Connection
     ) -> Batch:
-        rows = self._sql.with_states_in_data(connection, after or "", PAGE)
+        rows = self._sql.with_states_in_data(connection, after, PAGE)
         changed = 0
         for id, text in rows:
             if self._renamed(id, text, old, new, is_group) is None:
@@ -243,7 +243,7 @@ class Steps:
             if text is not None:
                 self._sql.set_data(connection, id, text)
                 changed += 1
-        return Batch([id for id, _ in rows], changed)
+        return Batch(rows, changed)
 
     def _renamed(self, id: str, text: str | None, *names: Any) -> str | None:
         """Return the text of data with another state, None if the state is not in it."""

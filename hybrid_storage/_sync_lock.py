@@ -41,7 +41,21 @@ HELD_BY_HANDLER = (
     "share"
 )
 
-_held = threading.local()
+IS_HELD = (
+    "could not acquire the lock for {1!r} within {0:g} s: its holder is still at work, or has died "
+    "within the last lease"
+)
+
+
+class _Held(threading.local):
+    """What this thread holds."""
+
+    def __init__(self) -> None:
+        self.ends: dict[tuple[int, str], float] = {}
+        """When the leases end, unless they are renewed."""
+
+
+_held = _Held()
 
 
 def is_synchronous() -> bool:
@@ -55,8 +69,7 @@ def is_synchronous() -> bool:
 
 def is_held_by_this_thread(leases: Leases, row: str) -> bool:
     """Tell whether this thread is inside the block, and its lease has not been lost or run out."""
-    ends: float = _held.__dict__.get("rows", {}).get((id(leases.table), row), -math.inf)
-    return time.monotonic() < ends
+    return time.monotonic() < _held.ends.get((id(leases.table), row), -math.inf)
 
 
 @contextmanager
@@ -64,9 +77,7 @@ def held_in_this_thread(
     access: Access, leases: Leases, row: str, *, lease: float, poll: float, wait: float | None
 ) -> Iterator[None]:
     """Hold a lease; see :meth:`SQLAlchemyEventIsolation.lock_sync`."""
-    # When their leases end, unless they are renewed.
-    mine: dict[tuple[int, str], float] = _held.__dict__.setdefault("rows", {})
-    this = id(leases.table), row
+    mine, this = _held.ends, (id(leases.table), row)
     if not is_synchronous():
         raise RuntimeError(
             "lock_sync() blocks its thread, and with it this event loop and the handler that holds "
@@ -90,8 +101,13 @@ def held_in_this_thread(
         return with_retries_sync(attempt, seconds, call)
 
     acquire = partial(leases.acquire, row=row, owner=owner, lease=lease, wanted=())
-    release = partial(leases.release, row=row, owner=owner)
     ends = threading.Event()
+
+    def release(seconds: float) -> None:
+        try:
+            execute(partial(leases.release, row=row, owner=owner), seconds)
+        except Exception as error:
+            logger.warning("could not free the lock of %r: %s", row, in_short(error))
 
     def renew() -> None:
         renew = partial(leases.renew, rows=[row], owner=owner, lease=lease)
@@ -116,17 +132,14 @@ def held_in_this_thread(
     try:
         while not execute(acquire, min(access.retry_for, ends_at - time.monotonic())):
             if time.monotonic() > ends_at:
-                raise TimeoutError(
-                    f"could not acquire the lock for {row!r} within {wait:g} s: its holder is "
-                    "still at work, or has died within the last lease"
-                )
+                raise TimeoutError(IS_HELD.format(wait, row))
             time.sleep(random.uniform(0, pause))
             pause = min(2 * pause, poll)
     except TypeError:  # asynchronous sessions: nothing was asked for
         raise
     except BaseException as error:  # it may have been taken, and the answer lost
         if not is_missing_table(error):
-            _release(partial(execute, seconds=0), release, row)
+            release(0)
         raise
     mine[this] = sent + lease
     heartbeat = threading.Thread(target=renew, name=f"renews {row}", daemon=True)
@@ -137,7 +150,7 @@ def held_in_this_thread(
         ends.set()
         heartbeat.join()
         del mine[this]
-        _release(partial(execute, seconds=min(access.retry_for, lease)), release, row)
+        release(min(access.retry_for, lease))
 
 
 def _run(runner: Runner, call: Call[T]) -> T:
@@ -156,10 +169,3 @@ def _run(runner: Runner, call: Call[T]) -> T:
             connection = own.connection(dict(call.bind_arguments))
             look(connection)
             return call.run(connection)
-
-
-def _release(execute: Callable[..., None], release: Callable[[Connection], None], row: str) -> None:
-    try:
-        execute(release)
-    except Exception as error:
-        logger.warning("could not free the lock of %r: %s", row, in_short(error))

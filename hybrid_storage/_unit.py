@@ -16,7 +16,7 @@ from anyio import Lock
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm.exc import StaleDataError
 
-from ._blocks import Before, Block
+from ._blocks import Before, Block, changed_by
 from ._engine.access import Access
 from ._engine.calls import Call
 from ._engine.errors import is_serialization_failure
@@ -111,8 +111,7 @@ class UnitOfWork:
                 if row is None:  # forgotten meanwhile
                     continue
                 changed = row.copied() if call.writes else row
-                result = call.in_unit(changed)
-                changed.columns = call.columns or changed.columns
+                result = changed_by(call, changed)
                 is_fine = not call.writes or not any(map(is_doubtful, changed.now))
                 if is_fine or changed.now == checked:
                     self.rows[call.row] = changed

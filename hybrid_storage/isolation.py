@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import uuid
+from asyncio import current_task
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import (
     AbstractContextManager,
@@ -31,11 +32,12 @@ from ._engine.cancellation import run_to_completion
 from ._engine.retries import warning_if_slow
 from ._engine.slots import PARENT_WAIT
 from ._leases import HeldLease, HeldLeases
-from ._queues import HeldLock, OneLoop, Queues, current_task
+from ._queues import HeldLock, OneLoop, Queues
 from ._sql.leases import Leases
 from ._sql.units import Units
 from ._sync_lock import (
     HELD_BY_HANDLER,
+    IS_HELD,
     NO_LEASE,
     held_in_this_thread,
     is_held_by_this_thread,
@@ -48,10 +50,6 @@ _WAITS_FOR_FILE = (
     "waited {:g} s for the lock of {!r} inside a transaction that holds SQLite's write lock, "
     "which a task needs to take the lock and to free it: take the lock first, then open the "
     "transaction"
-)
-_IS_HELD = (
-    "could not acquire the lock for {1!r} within {0:g} s: its holder is still at work, or has died "
-    "within the last lease"
 )
 _AT_WORK = (
     "Its holder is still at work. A handler that asks another isolation of the same storage for "
@@ -138,7 +136,8 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         is_writing = scope is not None and scope.holds_write_lock()
         wait = PARENT_WAIT if is_writing and self._wait is None else self._wait
         lease: HeldLease | None = None
-        with self._used(), here.queue(row) as turn:
+        used = self._one_loop.used() if self._held is None else nullcontext()
+        with used, here.queue(row) as turn:
             slow_after, what = self._access.slow_after, f"an update for the lock of {row!r}"
             with anyio.move_on_after(wait) as limit, warning_if_slow(slow_after, what, _AT_WORK):
                 await turn.acquire()
@@ -149,7 +148,7 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
                     raise
             if limit.cancelled_caught:
                 error = TimeoutError if wait == self._wait else RuntimeError
-                raise error((_WAITS_FOR_FILE if is_writing else _IS_HELD).format(wait, row))
+                raise error((_WAITS_FOR_FILE if is_writing else IS_HELD).format(wait, row))
             here.held.add(row)
             try:
                 async with self._unit(key, lease):
@@ -209,19 +208,20 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
         scope = self._access.scope()
         if scope is not None and scope.holds_write_lock() and scope.task is not current_task():
             await scope.is_over()  # the lease would end with a rollback, before its handler does
-        return await self._held.take(row, self._wanted(key))
-
-    def _wanted(self, key: StorageKey) -> list[str]:
+        wanted: list[str] = []
         # A transaction that is open may have written, or locked, what others would read.
-        if self._units is None or self._access.scope() is not None:
-            return []
-        return [self._codec.row(key), *self._units_of_work.expected(key)]
+        if self._units is not None and self._access.scope() is None:
+            wanted = [self._codec.row(key), *self._units_of_work.expected(key)]
+        return await self._held.take(row, wanted)
 
     @asynccontextmanager
     async def _unit(self, key: StorageKey, lease: HeldLease | None) -> AsyncIterator[None]:
         """Open a unit of work, and write it at the end; free the lease."""
         is_done = False
-        with self._opened(key, lease) as unit:
+        opened: AbstractContextManager[UnitOfWork | None] = nullcontext()
+        if self._units is not None:
+            opened = self._units_of_work.opened(key, self._units, lease)
+        with opened as unit:
             try:
                 yield
                 is_done = True
@@ -230,16 +230,6 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
                 raise
             finally:
                 await run_to_completion(partial(self._end, unit, lease, writes=is_done))
-
-    @contextmanager
-    def _opened(self, key: StorageKey, lease: HeldLease | None) -> Iterator[UnitOfWork | None]:
-        if self._units is None:
-            yield None
-            return
-        with self._units_of_work.opened(key, self._units, lease) as unit:
-            if lease is not None and lease.taken.is_latest:
-                unit.found(lease.taken.found)
-            yield unit
 
     async def _end(self, unit: UnitOfWork | None, lease: HeldLease | None, *, writes: bool) -> None:
         is_freed = False
@@ -252,9 +242,6 @@ class SQLAlchemyEventIsolation(BaseEventIsolation):
             if self._held is not None and lease is not None:
                 is_locked = unit is not None and unit.is_fenced
                 await self._held.free(lease, is_freed=is_freed, is_locked=is_locked)
-
-    def _used(self) -> AbstractContextManager[None]:
-        return self._one_loop.used() if self._held is None else nullcontext()
 
     def _here(self) -> Queues:
         here = self._local.get(None)

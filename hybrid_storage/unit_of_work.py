@@ -59,6 +59,8 @@ class UnitsOfWork:
         conversation = self._codec.conversation(key)
         unit = UnitOfWork(self._access, self._calls, units, conversation, hold, parent)
         unit.expected = self.expected(key)
+        if hold is not None and hold.taken.is_latest:
+            unit.found(hold.taken.found)
         token = self._current.set(unit)
         try:
             yield unit

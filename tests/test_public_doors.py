@@ -30,7 +30,6 @@ ORDER = [
     "_sql.leases",
     "_sql.at_once",
     "_sql.units",
-    "_sql.renames",
     "_sql.conversations",
     "_sql.tables",
     "_engine.codes",

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
+import pytest
 from aiogram.fsm.storage.base import StorageKey
+from backends import Backend
+from conftest import Open
 from sqlalchemy import create_engine
 from sqlalchemy.orm import sessionmaker
+from units import BEFORE, KEY, LEASES, running
 
 from hybrid_storage import SQLAlchemyStorage
 
@@ -24,3 +29,27 @@ async def test_a_function_of_the_transaction_may_be_called_after_all_was_written
         await storage.run_sync(lambda session: None)
     assert await storage.get_state(key) == "paid"
     engine.dispose()
+
+
+@pytest.mark.parametrize("lease", LEASES.values(), ids=LEASES)
+async def test_what_another_task_writes_while_a_block_fails_is_found_by_its_columns(
+    backend: Backend, open_storage: Open, lease: float | None
+) -> None:
+    storage: SQLAlchemyStorage = await open_storage(backend, columns=True)
+    async with running(storage, lease) as bot:
+        begun = asyncio.Event()
+
+        async def write() -> None:
+            await begun.wait()
+            await storage.set_state(KEY, "beside")
+
+        async with bot.update():
+            await storage.get_state(KEY)
+            task = asyncio.create_task(write())
+            with pytest.raises(LookupError):
+                async with storage.transaction():
+                    begun.set()
+                    await task
+                    raise LookupError
+        found = [each async for each in storage.find(user_id=KEY.user_id, chat_id=KEY.chat_id)]
+        assert [(each.key, each.state, each.data) for each in found] == [(KEY, "beside", BEFORE[1])]

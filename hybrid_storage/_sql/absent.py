@@ -12,13 +12,12 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 from sqlalchemy.dialects.mysql.base import MySQLDialect
-from sqlalchemy.exc import IntegrityError
 
 from .changes import Texts
 from .clock import Clock
 from .results import executed, per_dialect
 from .rows import Rows
-from .upsert import is_empty, native_insert, telling
+from .upsert import native_insert, telling
 
 _NO_AGES: Mapping[str, float] = {}
 _AT_ONCE = 100_000  # characters of one statement: the least that MySQL takes is a million bytes
@@ -31,19 +30,10 @@ class AbsentRows:
         """Build the statements that are the same on every database."""
         table = rows.table
         self._rows = rows
-        self._insert = per_dialect(partial(_Insert, table, rows.lookups.values))
+        self._insert = per_dialect(partial(_insert, table, rows.lookups.values))
         these = table.c.id.in_(sa.bindparam("_rows", expanding=True))
         self._select: Any = sa.select(table.c.id, table.c.state, table.c.data).where(these)
         self._delete = sa.delete(table).where(these)
-        empty = sa.and_(table.c.state.is_(None), is_empty(table.c.data))
-        self._delete_empty = self._delete.where(empty)
-
-    def check(self, connection: sa.Connection, row: str, texts: Texts) -> None:
-        """Refuse what the database cannot hold.
-
-        :raises ValueError: if it cannot
-        """
-        self._rows.check(connection, row, *texts)
 
     def insert(
         self,
@@ -64,13 +54,26 @@ class AbsentRows:
         :return: the ids of those that were inserted
         """
         for row, texts in given.items():
-            self.check(connection, row, texts)
+            self._rows.check(connection, row, *texts)
         # In order, so that two who insert the same rows don't wait for each other.
         ordered = dict(sorted(given.items()))
         insert = self._insert(connection)
         inserted: set[str] = set()
-        for some in _portions(ordered):
-            inserted |= insert(connection, some, columns, ages)
+        for portion in _portions(ordered):
+            parameters: list[dict[str, Any]] = [
+                {
+                    **{"_row": row, "_state": texts.state, "_data": texts.data},
+                    **columns[row],
+                    **({"_age": ages.get(row, 0.0)} if self._rows.lookups.values else {}),
+                }
+                for row, texts in portion.items()
+            ]
+            if connection.dialect.insert_returning:
+                inserted.update(connection.execute(insert, parameters).scalars())
+            else:
+                for each in parameters:
+                    if executed(connection, insert, each).found():
+                        inserted.add(each["_row"])
         return inserted
 
     def read(self, connection: sa.Connection, rows: Sequence[str]) -> dict[str, Texts]:
@@ -82,65 +85,25 @@ class AbsentRows:
         """Delete rows."""
         executed(connection, self._delete, {"_rows": list(rows)})
 
-    def delete_if_empty(self, connection: sa.Connection, row: str) -> None:
-        """Delete a row that holds neither a state nor data."""
-        executed(connection, self._delete_empty, {"_rows": [row]})
 
-
-class _Insert:
-    """Inserts rows unless they are there, and tells which it has inserted."""
-
-    def __init__(self, table: sa.Table, lookups: dict[str, Any], dialect: sa.Dialect) -> None:
-        values: dict[str, Any] = {
-            "id": sa.bindparam("_row"),
-            "state": sa.bindparam("_state"),
-            "data": sa.bindparam("_data"),
-            **lookups,
-        }
-        if lookups:
-            values["written_at"] = Clock() - sa.bindparam("_age", type_=sa.Double)
-        self._has_age = bool(lookups)
-        self._returns = dialect.insert_returning
-        self._raises = False
-        native = native_insert(dialect)
-        statement: sa.Insert
-        if native is not None:
-            statement = native(table).values(values).on_conflict_do_nothing(index_elements=["id"])
-        elif isinstance(dialect, MySQLDialect):
-            # ON DUPLICATE KEY UPDATE doesn't tell one from the other: it counts rows found.
-            statement = mysql.insert(table).values(values).prefix_with("IGNORE")
-        else:
-            statement, self._raises = sa.insert(table).values(values), True
-        self._statement: Any = telling(statement, table, dialect)
-
-    def __call__(
-        self,
-        connection: sa.Connection,
-        given: Mapping[str, Texts],
-        columns: Mapping[str, Mapping[str, Any]],
-        ages: Mapping[str, float],
-    ) -> set[str]:
-        parameters: list[dict[str, Any]] = [
-            {
-                **{"_row": row, "_state": texts.state, "_data": texts.data},
-                **columns[row],
-                **({"_age": ages.get(row, 0.0)} if self._has_age else {}),
-            }
-            for row, texts in given.items()
-        ]
-        if self._returns and not self._raises and len(parameters) > 1:
-            return {row for (row,) in connection.execute(self._statement, parameters)}
-        return {each["_row"] for each in parameters if self._is_new(connection, each)}
-
-    def _is_new(self, connection: sa.Connection, parameters: Mapping[str, Any]) -> bool:
-        if not self._raises:
-            return executed(connection, self._statement, parameters).found()
-        try:
-            with connection.begin_nested():
-                executed(connection, self._statement, parameters)
-        except IntegrityError:
-            return False
-        return True
+def _insert(table: sa.Table, lookups: dict[str, Any], dialect: sa.Dialect) -> sa.Executable:
+    """Return the insert that leaves alone what is there, and tells which rows it has inserted."""
+    values: dict[str, Any] = {
+        "id": sa.bindparam("_row"),
+        "state": sa.bindparam("_state"),
+        "data": sa.bindparam("_data"),
+        **lookups,
+    }
+    if lookups:
+        values["written_at"] = Clock() - sa.bindparam("_age", type_=sa.Double)
+    statement: sa.Insert
+    if isinstance(dialect, MySQLDialect):
+        # ON DUPLICATE KEY UPDATE doesn't tell one from the other: it counts rows found.
+        statement = mysql.insert(table).values(values).prefix_with("IGNORE")
+    else:
+        statement = native_insert(dialect)(table).values(values)
+        statement = statement.on_conflict_do_nothing(index_elements=["id"])
+    return telling(statement, table, dialect)
 
 
 def _portions(given: Mapping[str, Texts]) -> Iterator[dict[str, Texts]]:

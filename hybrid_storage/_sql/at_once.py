@@ -54,7 +54,7 @@ class AtOnce:
         :param fence: the lease to hold, None for no lease
         :param frees: whether to free it
         """
-        fenced = {} if fence is None else fence_parameters(fence)
+        fenced = {} if fence is None else fence.parameters
         verb = _verb(changes[0]) if len(changes) == 1 else None
         kind = (verb or "", bool(fenced), frees)
         if kind not in self._made:
@@ -71,8 +71,7 @@ class AtOnce:
             before = change.found or Texts()
             given |= {"_old_state": before.state, "_old_data": before.data}
         if verb != "delete":
-            given |= {"_state": change.now.state, "_data": change.now.data}
-            given |= {f"_{name}": change.columns.get(f"_{name}") for name in self._lookups}
+            given |= {"_state": change.now.state, "_data": change.now.data, **change.columns}
         return given
 
     def _given_rows(self, changes: Sequence[ChangedRow]) -> dict[str, Any]:
@@ -86,7 +85,7 @@ class AtOnce:
             "_old_datas": [texts.data for texts in before],
             "_existed": [change.found is not None for change in changes],
             **{
-                f"_all_{name}": [change.columns.get(f"_{name}") for change in changes]
+                f"_all_{name}": [change.columns[f"_{name}"] for change in changes]
                 for name in self._lookups
             },
         }
@@ -199,11 +198,6 @@ class _Fence:
             writes = (*writes, self._freed.where(is_written).cte("freed"))
         answer = sa.select(self._held, _count_of(written).scalar_subquery())
         return answer.add_cte(*writes)
-
-
-def fence_parameters(fence: Fence) -> dict[str, Any]:
-    """Return the parameters that hold the lease."""
-    return {"_row": fence.row, "_owner": fence.owner, "_version": fence.version}
 
 
 def _verb(change: ChangedRow) -> str | None:

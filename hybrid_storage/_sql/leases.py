@@ -20,7 +20,6 @@ from sqlalchemy import Connection, Dialect, Table
 from sqlalchemy.dialects.mysql import insert as mysql_insert
 from sqlalchemy.dialects.mysql.base import MySQLDialect
 from sqlalchemy.dialects.postgresql.base import PGDialect
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from .changes import Texts
 from .clock import now
@@ -41,6 +40,11 @@ class Fence:
     version: int
     lease: float
     """In seconds."""
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What a statement names it by."""
+        return {"_row": self.row, "_owner": self.owner, "_version": self.version}
 
 
 @dataclass(frozen=True)
@@ -88,27 +92,26 @@ class Leases:
         """
         dialect = self._dialect(connection)
         parameters: dict[str, Any] = {"_row": row, "_owner": owner, "_lease": lease}
+        is_latest = True
+        rows: Sequence[Sequence[Any]] = []
         if dialect.taking is not None:
             statement, these = dialect.taking.statement(wanted)
             rows = self.execute(connection, statement, {**parameters, **these}).rows or []
             version, seen = rows[0][:2]
+            is_latest = version == (seen or 0) + 1
         else:
             answer = executed(connection, dialect.acquire, parameters)
-            parameters = {"_row": row, "_wanted": list(wanted)}
+            version = answer.scalar()
             # Read after the upsert has locked the row, or not taken.
-            if answer.rows is None:
+            if answer.rows is None or (answer.rows and wanted):
+                parameters = {"_row": row, "_wanted": list(wanted)}
                 rows = executed(connection, dialect.read, parameters).rows or []
-                version, seen = (rows[0][0], rows[0][0] - 1) if rows[0][1] == owner else (None, 0)
-            else:
-                version = answer.scalar()
-                seen = (version or 1) - 1
-                reads = version is not None and wanted
-                rows = (executed(connection, dialect.read, parameters).rows or []) if reads else []
+            if answer.rows is None and rows[0][1] == owner:
+                version = rows[0][0]
         if version is None:
             return None
         there = {each[-3]: Texts(*each[-2:]) for each in rows if each[-3] is not None}
-        found = {row: there.get(row) for row in wanted}
-        return Taken(version, version == (seen or 0) + 1, found)
+        return Taken(version, is_latest, {row: there.get(row) for row in wanted})
 
     def renew(
         self, connection: Connection, rows: Sequence[str], owner: str, lease: float
@@ -121,23 +124,18 @@ class Leases:
         dialect = self._dialect(connection)
         parameters = {"_rows": list(rows), "_owner": owner, "_lease": lease}
         if dialect.select_unlocked is not None:
-            found = executed(connection, dialect.select_unlocked, parameters)
-            renewed = {row for (row,) in found.rows or ()}
+            renewed = executed(connection, dialect.select_unlocked, parameters).column()
             for row in renewed:
                 executed(connection, dialect.renew_one, {**parameters, "_row": row})
         else:
             answer = executed(connection, dialect.renew, parameters)
-            if answer.rows is not None:
-                renewed = {row for (row,) in answer.rows}
-            else:
-                renewed = self._mine(connection, parameters)
+            if answer.rows is None:
+                answer = executed(connection, self.select_mine, parameters)
+            renewed = answer.column()
         if len(renewed) == len(rows):
-            return renewed, set()
-        return renewed, self._mine(connection, parameters) - renewed
-
-    def _mine(self, connection: Connection, parameters: dict[str, Any]) -> set[str]:
-        found = executed(connection, self.select_mine, parameters)
-        return {row for (row,) in found.rows or ()}
+            return set(renewed), set()
+        mine = executed(connection, self.select_mine, parameters).column()
+        return set(renewed), set(mine) - set(renewed)
 
     def release(self, connection: Connection, row: str, owner: str) -> None:
         """Free a lease, if it is the owner's still."""
@@ -149,8 +147,7 @@ class Leases:
         :return: whether it is freed, or held no more
         """
         dialect = self._dialect(connection)
-        parameters: dict[str, Any] = {"_row": fence.row, "_rows": [fence.row]}
-        parameters |= {"_owner": fence.owner, "_version": fence.version}
+        parameters = {**fence.parameters, "_rows": [fence.row]}
         unlocked = dialect.select_unlocked
         is_reached = unlocked is None or executed(connection, unlocked, parameters).found()
         if is_reached and executed(connection, dialect.free_unlocked, parameters).found():
@@ -161,8 +158,7 @@ class Leases:
         """Renew or free a lease if it is held still, and lock its row until the commit."""
         dialect = self._dialect(connection)
         statement = dialect.free_fenced if frees else dialect.renew_fenced
-        parameters = {"_row": fence.row, "_owner": fence.owner, "_version": fence.version}
-        return executed(connection, statement, {**parameters, "_lease": fence.lease}).found()
+        return executed(connection, statement, {**fence.parameters, "_lease": fence.lease}).found()
 
     def freeing(self, connection: Connection) -> sa.Update:
         """Return the statement that frees a lease if it is held still."""
@@ -184,7 +180,7 @@ class Leases:
         """
         dialect = self._dialect(connection)
         parameters = {"_age": age, "_limit": limit}
-        rows = [row for (row,) in executed(connection, dialect.select_old, parameters).rows or ()]
+        rows = executed(connection, dialect.select_old, parameters).column()
         if rows:
             executed(connection, dialect.delete_old, {"_rows": rows, "_age": age})
         return len(rows)
@@ -219,7 +215,7 @@ class _Dialect:
                 ]
             )
         else:
-            row = (native_insert(dialect) or sqlite_insert)(table).values(values)
+            row = native_insert(dialect)(table).values(values)
             upsert = row.on_conflict_do_update(
                 index_elements=["id"],
                 set_={

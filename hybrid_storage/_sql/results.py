@@ -18,6 +18,10 @@ class Result(NamedTuple):
     changed: int
     """How many rows a statement that returns none has found, if the driver knows."""
 
+    def column(self) -> list[Any]:
+        """Return the first column of all rows."""
+        return [row[0] for row in self.rows or ()]
+
     def scalar(self) -> Any:
         """Return the first column of the first row, None if there is no row."""
         return self.rows[0][0] if self.rows else None
@@ -33,7 +37,7 @@ class Result(NamedTuple):
 
 
 def executed(
-    connection: Connection, statement: Executable, parameters: Mapping[str, Any]
+    connection: Connection, statement: Executable, parameters: Mapping[str, Any] | None = None
 ) -> Result:
     """Execute a statement."""
     result = connection.execute(statement, parameters)

@@ -46,10 +46,8 @@ class Rows:
         self._select_state = sa.select(table.c.state).where(there)
         self.select_data: sa.Select[Any] = sa.select(table.c.data).where(there)
         self._select_data_locked = sa.select(table.c.data).where(this_row).with_for_update()
-        self._touch = sa.update(table).where(this_row).values(id=table.c.id)
+        self._touch = sa.update(table).where(sa.false()).values(id=table.c.id)
         update = sa.update(table).where(this_row).values(self.lookups.values)
-        self.unset_state: sa.Update = update.values(state=None)
-        self.unset_data: sa.Update = update.values(data="")
         self.replace_data: sa.Update = update.values(data=sa.bindparam("_value"))
         self._delete = sa.delete(table).where(this_row)
         self._delete_empty = self._delete.where(table.c.state.is_(None), is_empty(table.c.data))
@@ -64,23 +62,11 @@ class Rows:
 
     def set_state(self, connection: sa.Connection, row: Row, state: str | None) -> None:
         """Set the state; None removes it, and the row with it if there is no data."""
-        dialect = self._dialect(connection)
-        dialect.limits.check(connection, row.id, state)
-        self.lookups.sweep(connection, row.columns)
-        if state is not None:
-            dialect.state.set(connection, row, state)
-        else:
-            self._unset(connection, dialect.unset_state, row)
+        self._set(connection, row, self._dialect(connection).state, state)
 
     def set_data(self, connection: sa.Connection, row: Row, data: str) -> None:
         """Set the data; an empty string removes it, and the row with it if there is no state."""
-        dialect = self._dialect(connection)
-        dialect.limits.check(connection, row.id, data)
-        self.lookups.sweep(connection, row.columns)
-        if data:
-            dialect.data.set(connection, row, data)
-        else:
-            self._unset(connection, dialect.unset_data, row)
+        self._set(connection, row, self._dialect(connection).data, data or None)
 
     def clear(self, connection: sa.Connection, row: str) -> None:
         """Remove the row."""
@@ -97,10 +83,7 @@ class Rows:
         dialect = self._dialect(connection)
         dialect.limits.check(connection, row.id)
         self.lookups.sweep(connection, row.columns)
-        if dialect.locks_by_writing:
-            # SQLite: a transaction that reads first and writes later fails if another wrote
-            # in between; one that begins with a write holds the lock by the time it reads.
-            executed(connection, self._touch, {"_row": row.id})
+        self.begin(connection)
         if self.needs_transaction:
             self._update_locked(connection, row, merge)
             return
@@ -115,7 +98,7 @@ class Rows:
             written = True
             if self._compare_and_set(connection, row, old, new):
                 if not new:
-                    executed(connection, self._delete_empty, {"_row": row.id})
+                    self.delete_if_empty(connection, row.id)
                 return
             # Inside a transaction this reads the latest row, whatever the isolation level showed
             # so far, and locks it: the next attempt succeeds.
@@ -137,7 +120,7 @@ class Rows:
             if found.found():
                 executed(connection, self.replace_data, row.parameters(_value=new))
                 if not new:
-                    executed(connection, self._delete_empty, {"_row": row.id})
+                    self.delete_if_empty(connection, row.id)
                 return
             if not new or dialect.data.set_if_empty(connection, row, new):
                 return
@@ -149,20 +132,32 @@ class Rows:
         """
         self._dialect(connection).limits.check(connection, row, *texts)
 
+    def begin(self, connection: sa.Connection) -> None:
+        """Take SQLite's write lock, which a read does not take.
+
+        A transaction that reads first and writes later fails if another wrote in between. One that
+        begins with a savepoint ends with the savepoint.
+        """
+        if isinstance(connection.dialect, SQLiteDialect):
+            executed(connection, self._touch)
+
+    def delete_if_empty(self, connection: sa.Connection, row: str) -> None:
+        """Delete a row that holds neither a state nor data."""
+        executed(connection, self._delete_empty, {"_row": row})
+
     def _read(self, connection: sa.Connection, statement: sa.Executable, row: str) -> str | None:
         self._dialect(connection).limits.check_text(row)
         return cast("str | None", executed(connection, statement, {"_row": row}).scalar())
 
-    def _unset(self, connection: sa.Connection, statement: sa.Executable, row: Row) -> None:
+    def _set(self, connection: sa.Connection, row: Row, column: Upsert, text: str | None) -> None:
+        self.check(connection, row.id, text)
+        self.lookups.sweep(connection, row.columns)
+        if text is not None:
+            column.set(connection, row, text)
         # First the column, then the row if nothing is left in it. The other way round, two
         # clients that unset one column each would both find the other's, and leave an empty row.
-        result = executed(connection, statement, row.parameters())
-        if result.rows is None:
-            may_be_empty = result.found()
-        else:  # of the other column
-            may_be_empty = any(not rest for (rest,) in result.rows)
-        if may_be_empty:
-            executed(connection, self._delete_empty, {"_row": row.id})
+        elif column.unset(connection, row):
+            self.delete_if_empty(connection, row.id)
 
     def _compare_and_set(
         self, connection: sa.Connection, row: Row, old: str | None, new: str
@@ -181,15 +176,9 @@ class _Dialect:
     def __init__(self, rows: Rows, dialect: sa.Dialect) -> None:
         data = rows.table.c.data
         self.limits = Limits(rows.table, dialect)
-        self.locks_by_writing = isinstance(dialect, SQLiteDialect)
         self._by_bytes = isinstance(dialect, MySQLDialect)
         self.state = Upsert(rows.table, "state", rows.lookups.values, dialect)
         self.data = Upsert(rows.table, "data", rows.lookups.values, dialect)
-        self.unset_state: sa.Executable = rows.unset_state
-        self.unset_data: sa.Executable = rows.unset_data
-        if dialect.update_returning:
-            self.unset_state = rows.unset_state.returning(data)
-            self.unset_data = rows.unset_data.returning(rows.table.c.state)
         # MySQL's "=" goes by the collation, which may ignore case and trailing blanks.
         unchanged = (
             sa.cast(data, sa.LargeBinary) == sa.bindparam("_old", type_=sa.LargeBinary)

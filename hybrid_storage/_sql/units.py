@@ -12,7 +12,6 @@ from typing import Any, TypeAlias
 
 import sqlalchemy as sa
 from sqlalchemy import Connection, Table
-from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.exc import IntegrityError
 
 from .at_once import AtOnce, is_plain
@@ -63,7 +62,6 @@ class Units:
         self._select_locked: _Selects = tuple(
             each.order_by(table.c.id).with_for_update() for each in selects
         )
-        self._touch = sa.update(table).where(this).values(id=table.c.id)
         texts: dict[str, Any] = {
             "state": sa.bindparam("_state"),
             "data": sa.bindparam("_data"),
@@ -140,9 +138,8 @@ class Units:
         if leases and fence and not leases.holds(connection, fence, frees=frees):
             return Outcome.LOST
         self._sweep(connection, changes)
-        if fence is None and changes and isinstance(connection.dialect, SQLiteDialect):
-            # A transaction that reads first and writes later fails if another wrote in between.
-            executed(connection, self._touch, {"_row": changes[0].row})
+        if fence is None:  # which has been written to otherwise
+            self._rows.begin(connection)
         there = [change.row for change in changes if change.found is not None]
         found = self._read(connection, self._select_locked, there) if there else {}
         for change in sorted(changes, key=lambda change: change.row):

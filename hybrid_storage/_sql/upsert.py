@@ -1,4 +1,4 @@
-"""Writes that need no row to be there: native insert-or-update, a savepoint where there is none."""
+"""Writes that need no row to be there, in each database's own way. For the rest of ``_sql``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.dialects.mysql.base import MySQLDialect
 from sqlalchemy.dialects.postgresql.base import PGDialect
-from sqlalchemy.dialects.sqlite.base import SQLiteDialect
-from sqlalchemy.exc import IntegrityError
 
 from .lookups import Row
 from .results import executed
@@ -23,16 +21,12 @@ def is_empty(column: sa.ColumnElement[str | None]) -> sa.ColumnElement[bool]:
     return sa.or_(column.is_(None), column == "")
 
 
-def native_insert(
-    dialect: sa.Dialect,
-) -> Callable[[sa.Table], postgresql.Insert | sqlite.Insert] | None:
-    """Return the dialect's own ``insert()``, with ON CONFLICT; None where there is no such thing.
+def native_insert(dialect: sa.Dialect) -> Callable[[sa.Table], postgresql.Insert | sqlite.Insert]:
+    """Return the ``insert()`` with ON CONFLICT, of PostgreSQL's or of SQLite's dialect.
 
     MySQL's, ``mysql.insert()``, has ON DUPLICATE KEY, which knows no conditions.
     """
-    if isinstance(dialect, PGDialect):
-        return postgresql.insert
-    return sqlite.insert if isinstance(dialect, SQLiteDialect) else None
+    return postgresql.insert if isinstance(dialect, PGDialect) else sqlite.insert
 
 
 def telling(
@@ -58,7 +52,7 @@ def _on_update(table: sa.Table) -> dict[str, Any]:
 
 
 class Upsert:
-    """Sets one column of the row with a given id, and makes the row where there is none."""
+    """Sets the state or the data of the row with a given id, and makes the row if there is none."""
 
     def __init__(
         self, table: sa.Table, column: str, lookups: dict[str, Any], dialect: sa.Dialect
@@ -67,8 +61,8 @@ class Upsert:
 
         :param lookups: what else each write fills in
         """
-        self._always: sa.Insert | None = None
-        self._if_empty: sa.Executable | None = None
+        self._always: sa.Insert
+        self._if_empty: sa.Executable
         self._tells_by_id = isinstance(dialect, MySQLDialect)
         values: dict[str, Any] = {column: sa.bindparam("_value"), **lookups}
         # An onupdate that is a function of Python's is called for an UPDATE only.
@@ -78,27 +72,20 @@ class Upsert:
         )
         this_row = table.c.id == sa.bindparam("_row")
         self._update = sa.update(table).where(this_row).values(values)
-        values = {"id": sa.bindparam("_row"), **values}
-        self._insert = sa.insert(table).values(values)
+        other = table.c["data" if column == "state" else "state"]
+        nothing = None if column == "state" else ""
+        self._unset: sa.Executable = self._update.values({column: nothing})
+        if dialect.update_returning:
+            self._unset = self._update.values({column: nothing}).returning(other)
         self._update_if_empty = self._update.where(is_empty(table.c[column]))
-        native = native_insert(dialect)
-        if native is not None:
-            new = native(table).values(values)
-            changes = {name: new.excluded[name] for name in (column, *lookups)}
-            changes |= _on_update(table)
-            self._always = new.on_conflict_do_update(index_elements=["id"], set_=changes)
-            if_empty = new.on_conflict_do_update(
-                index_elements=["id"], set_=changes, where=is_empty(table.c[column])
-            )
-            self._if_empty = telling(if_empty, table, dialect)
-        elif isinstance(dialect, MySQLDialect):
+        values = {"id": sa.bindparam("_row"), **values}
+        if self._tells_by_id:
             row = mysql.insert(table).values(values)
             value, old = row.inserted[column], table.c[column]
             changes = {name: row.inserted[name] for name in lookups} | _on_update(table)
             self._always = row.on_duplicate_key_update({column: value, **changes})
             # MySQL counts 1 for a row inserted and for one found as it was. So the last id tells,
             # by its documented function; it is assigned first, before the column is filled.
-            other = table.c["data" if column == "state" else "state"]
             note = sa.func.last_insert_id(sa.func.if_(is_empty(old), 1, _HOLDS_SOMETHING))
             filled = sa.func.if_(is_empty(old), value, old)
             self._if_empty = row.on_duplicate_key_update(
@@ -108,40 +95,34 @@ class Upsert:
                     *changes.items(),
                 ]
             )
+        else:
+            new = native_insert(dialect)(table).values(values)
+            changes = {name: new.excluded[name] for name in (column, *lookups)}
+            changes |= _on_update(table)
+            self._always = new.on_conflict_do_update(index_elements=["id"], set_=changes)
+            if_empty = new.on_conflict_do_update(
+                index_elements=["id"], set_=changes, where=is_empty(table.c[column])
+            )
+            self._if_empty = telling(if_empty, table, dialect)
 
     def set(self, connection: sa.Connection, row: Row, value: str) -> None:
         """Set the column to a value."""
         parameters = row.parameters(_value=value)
-        if self._always is not None:
-            if not (self._updates_first and _finds(connection, self._update, parameters)):
-                executed(connection, self._always, parameters)
-        elif not self._update_or_insert(connection, self._update, parameters):
-            # Lost a race for the first write: now there is a row to update.
-            executed(connection, self._update, parameters)
+        if self._updates_first and executed(connection, self._update, parameters).found():
+            return
+        executed(connection, self._always, parameters)
+
+    def unset(self, connection: sa.Connection, row: Row) -> bool:
+        """Remove the value, and tell whether the row may hold nothing any more."""
+        result = executed(connection, self._unset, row.parameters())
+        # A row that was returned has the other column.
+        return result.changed > 0 or not all(result.column())
 
     def set_if_empty(self, connection: sa.Connection, row: Row, value: str) -> bool:
         """Set the column only if it holds nothing so far."""
         parameters = row.parameters(_value=value)
-        if self._if_empty is None:
-            return self._update_or_insert(connection, self._update_if_empty, parameters)
-        if self._updates_first and _finds(connection, self._update_if_empty, parameters):
+        if self._updates_first and executed(connection, self._update_if_empty, parameters).found():
             return True
         if self._tells_by_id:
             return connection.execute(self._if_empty, parameters).lastrowid != _HOLDS_SOMETHING
-        return _finds(connection, self._if_empty, parameters)
-
-    def _update_or_insert(
-        self, connection: sa.Connection, statement: sa.Executable, parameters: dict[str, Any]
-    ) -> bool:
-        if _finds(connection, statement, parameters):
-            return True
-        try:
-            with connection.begin_nested():
-                executed(connection, self._insert, parameters)
-        except IntegrityError:
-            return False
-        return True
-
-
-def _finds(connection: sa.Connection, statement: sa.Executable, parameters: dict[str, Any]) -> bool:
-    return executed(connection, statement, parameters).found()
+        return executed(connection, self._if_empty, parameters).found()
