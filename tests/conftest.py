@@ -87,6 +87,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    """Have it look at everything again, as others do at the end."""
+    gc.unfreeze()
+
+
 def pytest_report_header() -> list[str]:
     """Say which databases the tests run on: CI looks for it."""
     postgres = POSTGRES_URL and make_url(POSTGRES_URL).render_as_string()
