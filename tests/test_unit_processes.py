@@ -362,6 +362,8 @@ async def test_updates_whose_answers_are_lost_are_applied_once(
     site: Site, report: Callable[[str], None]
 ) -> None:
     keys, updates = KEYS[:3], 100 if FULL else 8
+    # MariaDB answers several times as often as PostgreSQL for an update.
+    share = 0.1 if site.backends[0].server == "postgresql" else 0.03
     done: list[str] = []
 
     async def handle(
@@ -376,9 +378,9 @@ async def test_updates_whose_answers_are_lost_are_applied_once(
             done.append(this)
 
     with Proxy(address(site.job.url)) as proxy:
-        job = behind(proxy, replace(site.job, lease=5.0))
+        job = behind(proxy, site.job)
         engines = [job.engine() for _ in range(2)]
-        with proxy.forgetting(0.1):
+        with proxy.forgetting(share):
             async with anyio.create_task_group() as group:
                 for first, engine in enumerate(engines):
                     storage, isolation = job.storage(engine)
