@@ -29,7 +29,12 @@ SQLALCHEMY_2_0 = sqlalchemy.__version__.startswith("2.0.")
 
 # Processes are forked from one that has imported what takes long, and has no threads.
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["hybrid_storage", "sqlalchemy.ext.asyncio", "asyncpg", "aiosqlite"])
+FORKED.set_forkserver_preload(
+    [
+        *["hybrid_storage", "sqlalchemy.ext.asyncio", "aiogram", "aiohttp.web", "redis.asyncio"],
+        *["aiosqlite", "asyncmy", "asyncpg", "psycopg", "pymysql"],
+    ]
+)
 
 
 @dataclass(frozen=True)

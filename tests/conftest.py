@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
 import tempfile
 import uuid
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
+import anyio
 import pytest
 from aiogram.fsm.storage.base import BaseStorage, StorageKey
 from aiogram.fsm.storage.memory import MemoryStorage
@@ -38,6 +41,8 @@ from hybrid_storage import SQLAlchemyStorage
 
 MEMORY = Path("/dev/shm")
 ROOM = 1 << 32  # bytes
+LONGEST = ["test_benchmarks", "test_webhook_workers", "test_demo", "test_cli", "test_types"]
+"""What takes long without a pause: if it came last, the other processes would have no work."""
 
 # Left out, rather than skipped, where no server answers.
 collect_ignore = [] if redis_version() else ["test_migration_from_redis.py"]
@@ -56,10 +61,15 @@ def pytest_configure() -> None:
     """
     if "TMPDIR" not in os.environ and MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM:
         os.environ["TMPDIR"] = tempfile.tempdir = str(MEMORY)
+    # It is for this run of pytest, and not for those that tests start.
+    os.environ.pop("PYTEST_ADDOPTS", None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out, rather than skip, the tests of programs that are not installed: no parameters."""
+    """Leave out, rather than skip, the tests of programs that are not installed: no parameters.
+
+    Begin with those that take longest.
+    """
     items[:] = [
         item
         for item in items
@@ -68,6 +78,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             for mark in item.iter_markers("skip")
         )
     ]
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+def pytest_collection_finish() -> None:
+    """Have the garbage collector leave alone what is there from now on: it is much, and stays."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Have it look at everything again, as others do at the end."""
+    gc.unfreeze()
 
 
 def pytest_report_header() -> list[str]:
@@ -159,14 +181,44 @@ _opened: weakref.WeakKeyDictionary[SQLAlchemyStorage, tuple[Backend, AnyEngine]]
 _opened = weakref.WeakKeyDictionary()
 
 
+StartProxy = Callable[[Backend], Proxy]
+
+
 @pytest.fixture
-def proxy(backend: Backend, url_of: Callable[[Backend], URL]) -> Iterator[Proxy]:
+def start_proxy(url_of: Callable[[Backend], URL]) -> Iterator[StartProxy]:
+    """Return a function that starts a proxy before a backend's server."""
+    with ExitStack() as stack:
+
+        def start_proxy(backend: Backend) -> Proxy:
+            url = url_of(backend)
+            folder = url.query.get("host")
+            port = url.port or (5432 if backend.server == "postgresql" else 3306)
+            proxy = Proxy(f"{folder}/.s.PGSQL.{port}" if folder else (str(url.host), port))
+            return stack.enter_context(proxy)
+
+        yield start_proxy
+
+
+@pytest.fixture
+def proxy(backend: Backend, start_proxy: StartProxy) -> Proxy:
     """Return a proxy before the backend's server."""
-    url = url_of(backend)
-    folder = url.query.get("host")
-    port = url.port or (5432 if backend.server == "postgresql" else 3306)
-    with Proxy(f"{folder}/.s.PGSQL.{port}" if folder else (str(url.host), port)) as proxy:
-        yield proxy
+    return start_proxy(backend)
+
+
+async def all_at_once(
+    backends: Iterable[Backend], check: Callable[[Backend], Awaitable[None]]
+) -> None:
+    """Check something on several backends at once: for checks that do little but wait."""
+
+    async def checked(backend: Backend) -> None:
+        try:
+            await check(backend)
+        except Exception as error:
+            raise AssertionError(f"on {backend}") from error
+
+    async with anyio.create_task_group() as group:
+        for backend in backends:
+            group.start_soon(checked, backend)
 
 
 @pytest.fixture

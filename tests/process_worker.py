@@ -1,8 +1,10 @@
-"""A process that writes as it is told, a command at a time: see ``test_processes.py``."""
+"""Processes that write: a command at a time, for ``test_processes.py``, or once, and are killed."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import warnings
 from multiprocessing.connection import Connection
 from typing import Any
@@ -10,7 +12,8 @@ from typing import Any
 from aiogram.fsm.storage.base import StorageKey
 from backends import SERVERS
 from blocking import sqlite_without_fsync
-from sqlalchemy import URL, Engine, make_url
+from sqlalchemy import URL, Engine, create_engine, make_url, text
+from sqlalchemy.orm import sessionmaker
 
 from hybrid_storage import SQLAlchemyStorage
 
@@ -46,3 +49,18 @@ def main(commands: Connection) -> None:
                 commands.send(repr(error))
             else:
                 commands.send("")
+
+
+def order_and_die(told: Connection, url: str, table: str, orders: str) -> None:
+    """Write a state and an order in one transaction, and be killed before it is committed."""
+    asyncio.run(_order_and_die(told, url, table, orders))
+
+
+async def _order_and_die(told: Connection, url: str, table: str, orders: str) -> None:
+    storage = SQLAlchemyStorage(sessionmaker(create_engine(url)), table_name=table)
+    async with storage.transaction():
+        await storage.set_state(KEY, "paid")
+        insert = text(f"INSERT INTO {orders} (product) VALUES ('tea')")
+        await storage.run_sync(lambda session: session.execute(insert))
+        told.send("written")
+        os.kill(os.getpid(), signal.SIGKILL)

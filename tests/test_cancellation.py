@@ -201,7 +201,6 @@ async def test_an_error_after_the_cancellation_is_not_logged_as_never_retrieved(
     key: StorageKey,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    gc.freeze()  # what is there already need not be searched
     await storage.set_data(key, {"name": "Ada"})
     unhandled: list[dict[str, Any]] = []
     loop = asyncio.get_running_loop()
@@ -218,7 +217,6 @@ async def test_an_error_after_the_cancellation_is_not_logged_as_never_retrieved(
         await caller
     del caller
     gc.collect()
-    gc.unfreeze()
     await give_way()
     loop.set_exception_handler(handler)
     assert unhandled == []

@@ -54,11 +54,10 @@ def is_alive(pid: int) -> bool:
 # The demo
 
 
-@pytest.mark.parametrize("options", [[], ["--async"]], ids=["sync", "async"])
-def test_without_a_terminal_the_recorded_conversation_survives_a_kill(options: list[str]) -> None:
+def test_without_a_terminal_the_recorded_conversation_survives_a_kill() -> None:
     """The form goes on in a new process, and plain synchronous code sees it half filled in."""
     demo = subprocess.run(
-        [*DEMO, *options],
+        DEMO,
         check=False,
         env=ENVIRONMENT,
         stdin=subprocess.DEVNULL,
@@ -92,7 +91,7 @@ def test_without_a_terminal_the_recorded_conversation_survives_a_kill(options: l
         "sync> None {}",
         "demo> the bot has stopped in order; every answer was the expected one",
     ]
-    assert banner.startswith("form_bot_async.py" if options else "form_bot.py")
+    assert banner.startswith("form_bot.py")
     assert not Path(banner.split()[-1]).exists()
     assert not is_alive(int(second))
 
@@ -127,11 +126,15 @@ class Terminal:
 
 
 @contextmanager
-def demo_in_a_terminal() -> Generator[tuple[subprocess.Popen[bytes], Terminal]]:
+def demo_in_a_terminal(
+    *options: str,
+) -> Generator[tuple[subprocess.Popen[bytes], Terminal]]:
     """Start the demo in a new pseudo-terminal, and end both."""
     master, slave = pty.openpty()
     try:
-        demo = subprocess.Popen(DEMO, env=ENVIRONMENT, stdin=slave, stdout=slave, stderr=slave)
+        demo = subprocess.Popen(
+            [*DEMO, *options], env=ENVIRONMENT, stdin=slave, stdout=slave, stderr=slave
+        )
         os.close(slave)
         with demo:
             try:
@@ -142,8 +145,10 @@ def demo_in_a_terminal() -> Generator[tuple[subprocess.Popen[bytes], Terminal]]:
         os.close(master)
 
 
-def test_in_a_terminal_it_is_a_chat() -> None:
-    with demo_in_a_terminal() as (demo, terminal):
+def test_in_a_terminal_it_is_a_chat_that_goes_on_in_a_new_process() -> None:
+    """With the asynchronous variant of the bot: the recorded conversation takes the other one."""
+    with demo_in_a_terminal("--async") as (demo, terminal):
+        terminal.expect("form_bot_async.py")
         bot = int(terminal.expect(r"the bot is process (\d+)\r")[1])
         terminal.expect("Ctrl-D ends the chat")
         terminal.type("/state\n")
@@ -154,6 +159,10 @@ def test_in_a_terminal_it_is_a_chat() -> None:
         terminal.expect("bot>  What is your name")
         terminal.type("Grace\n")
         terminal.expect("bot>  How old are you, Grace")
+        terminal.type("/restart\n")
+        terminal.expect(f"process {bot} is killed")
+        assert not is_alive(bot)
+        bot = int(terminal.expect(r"the bot is process (\d+)\r")[1])
         terminal.type("85\n")
         terminal.expect("bot>  Which city")
         terminal.type("/state\n")

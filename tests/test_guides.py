@@ -350,6 +350,8 @@ async def test_the_checklists_privileges_and_settings_suffice(
         await run_awaiting(checklist["settings"], names)
     finally:
         gc.unfreeze()
+        gc.collect()
+        gc.freeze()  # but for what the block has made, as before
     storage, isolation, key = names["storage"], names["isolation"], StorageKey(42, 7, 7)
     await storage.check_table()
     await storage.create_table()  # finds them, and creates nothing

@@ -168,7 +168,7 @@ async def test_an_action_that_fails_or_is_killed_is_called_again(
 
     once = {"after": HOUR, "isolation": isolation, "every": None}
     with caplog.at_level(logging.INFO, "hybrid_storage"), suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(storage.on_idle(action=fail, **once), 2)
+        await asyncio.wait_for(storage.on_idle(action=fail, **once), 1)
     assert "failed for" in caplog.text
     assert "Telegram is away" in caplog.text
     remind = Reminders()

@@ -658,7 +658,7 @@ async def test_a_task_that_only_waits_does_not_hold_the_key(
 async def test_a_close_ends_no_renewals_of_what_is_held_and_is_no_end_of_use(
     backend: Backend, start: Start, key: StorageKey
 ) -> None:
-    lease = 0.6
+    lease = 0.3
     side = await start(backend, lease=lease)
     for _ in range(2):
         await side.isolation.close()

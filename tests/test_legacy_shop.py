@@ -311,7 +311,7 @@ class Ticker:
 async def test_fifty_users_order_at_once(shop: None) -> None:
     """Every order is paid, and no statement stops the event loop, however long it waits.
 
-    A statement in the event loop would stop it for the 2 seconds that what all payments need is
+    A statement in the event loop would stop it for the second that what all payments need is
     locked, or for ever where it is a handler's. The limits leave room for what else this machine
     does.
     """
@@ -336,7 +336,7 @@ async def test_fifty_users_order_at_once(shop: None) -> None:
     with engine.connect() as connection:
         lock(connection)
         payments = [asyncio.create_task(say(user, card)) for user, card in cards.items()]
-        await asyncio.sleep(2)
+        await asyncio.sleep(1)
         assert not any(task.done() for task in payments)
         while_locked = sorted(ticker.late)
         # The loop had nothing to do but to tick; this machine may have.

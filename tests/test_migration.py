@@ -29,7 +29,7 @@ from hybrid_storage.migration import (
 )
 
 KEY = StorageKey(bot_id=42, chat_id=7, user_id=7)
-COUNT = 60
+COUNT = 30
 
 
 @pytest.fixture(params=KINDS)

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from aiogram.fsm.storage.base import DefaultKeyBuilder, StorageKey
 from aiogram.fsm.storage.redis import RedisStorage
-from backends import FORKED, REDIS_URL, SERVERS, SQLITE, Backend
+from backends import FORKED, MARIADB, POSTGRESQL, REDIS_URL, SQLITE, Backend
 from click.testing import CliRunner
 from conftest import Open, rows
 from former import Former, contents, conversations, fill, former
@@ -190,6 +190,8 @@ async def test_the_examples_of_the_page_run(
 # A bot that goes on meanwhile
 
 
+# The drivers of a database differ in who waits for it, and that is all that matters here.
+ONE_OF_EACH = [SQLITE[0], POSTGRESQL[0], POSTGRESQL[2], *MARIADB[1:]]
 USERS = 150
 KEYS = [StorageKey(bot_id=42, chat_id=user, user_id=user) for user in range(1, USERS + 1)]
 
@@ -244,7 +246,7 @@ def job_for(
     return Job(backend, url, storage.table.name, builder.prefix, **more)
 
 
-@pytest.mark.parametrize("backend", SERVERS, ids=str)
+@pytest.mark.parametrize("backend", ONE_OF_EACH, ids=str)
 async def test_no_step_is_lost_while_the_bot_runs_and_migrations_are_killed(
     backend: Backend, open_storage: Open, url_of: Callable[[Backend], URL], old: Former
 ) -> None:
@@ -275,7 +277,7 @@ async def test_no_step_is_lost_while_the_bot_runs_and_migrations_are_killed(
     assert len(await rows(storage)) == sum(map(bool, users.expected.values()))
 
 
-@pytest.mark.parametrize("backend", SERVERS, ids=str)
+@pytest.mark.parametrize("backend", ONE_OF_EACH, ids=str)
 async def test_no_step_is_lost_when_the_bot_is_killed(
     backend: Backend, open_storage: Open, url_of: Callable[[Backend], URL], old: Former
 ) -> None:
@@ -284,9 +286,9 @@ async def test_no_step_is_lost_when_the_bot_is_killed(
     What it was about to do when it was killed may be done or not.
     """
     storage = await open_storage(backend)
-    job = job_for(backend, url_of(backend), storage, old, keys=KEYS[:60])
+    job = job_for(backend, url_of(backend), storage, old, keys=KEYS[:40])
     possible = {key: [data] for key, data in (await begun(old)).items()}
-    for _ in range(4):
+    for _ in range(3):
         for what, key, data in await asyncio.to_thread(served_until_killed, job):
             if what == "wants":
                 possible[key].append(data)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import sys
 import threading
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -21,9 +20,10 @@ from aiogram.fsm.context import FSMContext
 from aiogram.fsm.storage.base import StorageKey
 from aiogram.fsm.storage.memory import MemoryStorage
 from aiogram.types import Chat, ErrorEvent, Message, Update, User
-from backends import SERVERS, SQLITE, Backend
+from backends import FORKED, SERVERS, SQLITE, Backend
 from blocking import locked
 from conftest import Open, engine_of, new_session, rows
+from process_worker import order_and_die
 from sqlalchemy import MetaData, String, event, select, text
 from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -188,26 +188,6 @@ async def test_a_call_that_is_cancelled_twice_still_rolls_back(shop: Shop, key: 
     assert await shop.state(key) is None
 
 
-KILLED = """
-import asyncio, os, signal, sys
-from aiogram.fsm.storage.base import StorageKey
-from sqlalchemy import create_engine, text, text
-from sqlalchemy.orm import sessionmaker
-from hybrid_storage import SQLAlchemyStorage
-
-async def main(url, table, orders):
-    storage = SQLAlchemyStorage(sessionmaker(create_engine(url)), table_name=table)
-    async with storage.transaction() as session:
-        await storage.set_state(StorageKey(bot_id=1, chat_id=2, user_id=3), "paid")
-        insert = text(f"INSERT INTO {orders} (product) VALUES ('tea')")
-        await storage.run_sync(lambda session: session.execute(insert))
-        print("written", flush=True)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-asyncio.run(main(*sys.argv[1:]))
-"""
-
-
 @pytest.mark.parametrize(
     "backend", [backend for backend in SERVERS if not backend.is_async], ids=str
 )
@@ -216,9 +196,15 @@ async def test_a_process_that_is_killed_in_a_handler_leaves_neither(
 ) -> None:
     shop = await open_shop(backend, open_storage)
     url = backend.engine(url_of(backend)).url.render_as_string(hide_password=False)
-    arguments = [url, shop.storage.table.name, shop.Order.__tablename__]
-    done = await anyio.run_process([sys.executable, "-c", KILLED, *arguments], check=False)
-    assert (done.returncode, done.stdout) == (-9, b"written\n")
+    ours, theirs = FORKED.Pipe(duplex=False)
+    arguments = [theirs, url, shop.storage.table.name, shop.Order.__tablename__]
+    process = FORKED.Process(target=order_and_die, args=arguments)
+    process.start()
+    theirs.close()
+    assert await anyio.to_thread.run_sync(ours.recv) == "written"
+    await anyio.to_thread.run_sync(process.join)
+    assert process.exitcode == -9
+    ours.close()
     assert await shop.orders() == []
     assert await rows(shop.storage) == []
 

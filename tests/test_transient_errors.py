@@ -547,7 +547,7 @@ async def test_a_call_raises_the_last_error_when_its_time_is_over(
     open_troubled: OpenTroubled, key: StorageKey, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is the driver's, as SQLAlchemy has it; what went before is one line in the log."""
-    storage, outage = await open_troubled(retry_for=1)
+    storage, outage = await open_troubled(retry_for=0.5)
     with outage(), pytest.raises((DBAPIError, OSError)) as raised:
         await storage.update_data(key, {"secret": SECRET})
     assert is_transient(raised.value)

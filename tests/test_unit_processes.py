@@ -7,7 +7,6 @@ and prints figures. ``HYBRID_STORAGE_KILLS`` says how often a bot is killed.
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import random
 import signal
@@ -24,7 +23,7 @@ import anyio
 import pytest
 import sqlalchemy as sa
 from aiogram.fsm.storage.base import StorageKey
-from backends import BY_DRIVER, MARIADB, POSTGRESQL, SERVERS, SQLITE, Backend
+from backends import BY_DRIVER, FORKED, MARIADB, POSTGRESQL, SERVERS, SQLITE, Backend
 from blocking import statements
 from bot_api import BOT_ID, USER_ID, BotAPI, serve
 from chaos.proxy import Address, Proxy
@@ -47,19 +46,10 @@ from unit_worker import (
 from hybrid_storage import SQLAlchemyEventIsolation, SQLAlchemyStorage
 
 FULL = os.environ.get("HYBRID_STORAGE_UNIT") == "full"
-PROCESSES, TASKS, UPDATES = (8, 4, 100) if FULL else (3, 2, 20)
+PROCESSES, TASKS, UPDATES = (8, 4, 100) if FULL else (3, 2, 12)
 KILLS = int(os.environ.get("HYBRID_STORAGE_KILLS", "4"))
 PATIENCE = 600 if FULL else 60  # seconds: whoever never gets in is to fail the test
 KEY = KEYS[0]
-
-# Processes are forked from one that has imported what takes long, and has no threads.
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(
-    [
-        *["hybrid_storage", "sqlalchemy.ext.asyncio", "aiogram"],
-        *["aiosqlite", "asyncpg", "psycopg", "pymysql", "unit_worker"],
-    ]
-)
 
 DRIVERS = {
     # psycopg in threads, and asyncpg in both ways, in turn
@@ -175,7 +165,7 @@ def started(
     processes: list[BaseProcess] = []
     try:
         for each in arguments:
-            processes.append(context.Process(target=function, args=each))
+            processes.append(FORKED.Process(target=function, args=each))
             processes[-1].start()
         yield processes
     finally:
@@ -372,6 +362,8 @@ async def test_updates_whose_answers_are_lost_are_applied_once(
     site: Site, report: Callable[[str], None]
 ) -> None:
     keys, updates = KEYS[:3], 100 if FULL else 8
+    # MariaDB answers several times as often as PostgreSQL for an update.
+    share = 0.1 if site.backends[0].server == "postgresql" else 0.03
     done: list[str] = []
 
     async def handle(
@@ -388,7 +380,7 @@ async def test_updates_whose_answers_are_lost_are_applied_once(
     with Proxy(address(site.job.url)) as proxy:
         job = behind(proxy, site.job)
         engines = [job.engine() for _ in range(2)]
-        with proxy.forgetting(0.1):
+        with proxy.forgetting(share):
             async with anyio.create_task_group() as group:
                 for first, engine in enumerate(engines):
                     storage, isolation = job.storage(engine)
@@ -446,7 +438,14 @@ async def test_a_write_that_lands_after_its_connection_was_cut_is_no_lost_lock(s
 # Long transactions
 
 
-@over_a_network  # in SQLite the transaction has locked the file, for renewals too
+# In SQLite the transaction has locked the file, for renewals too.
+@pytest.mark.parametrize(
+    "backends",
+    [
+        pytest.param([backend], id=backend.name)
+        for backend in (POSTGRESQL[0], POSTGRESQL[2], *MARIADB[:1])
+    ],
+)
 async def test_a_transaction_of_three_leases_loses_none_of_a_hundred_other_locks(
     site: Site, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -536,7 +535,7 @@ async def test_a_message_is_never_ahead_of_the_state_of_a_bot_that_flushes_and_w
 async def test_old_free_locks_vanish_in_batches_a_minute_after_the_last_time(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    count, now = 100_000, time.time()
+    count, now = 10_000, time.time()
     columns = site.locks.c
     more = sa.select(
         sa.bindparam("name", type_=sa.String) + columns.id,
@@ -575,7 +574,7 @@ async def test_old_free_locks_vanish_in_batches_a_minute_after_the_last_time(
                 await anyio.sleep(0.05)
 
     assert ids >= {"recent", "held"}
-    assert len(deletions) == 100
+    assert len(deletions) == count / 1000
 
 
 # Synchronous code
@@ -620,14 +619,14 @@ async def test_synchronous_code_keeps_its_lock_beyond_the_lease(
     site: Site, caplog: pytest.LogCaptureFixture
 ) -> None:
     isolation = site.storage.create_isolation(lease=0.5, poll=0.05)
-    impatient = site.storage.create_isolation(lease=0.5, poll=0.05, wait=1.5)
-    too_long = r"could not acquire the lock for '.*' within 1\.5 s: its holder is still at work"
+    impatient = site.storage.create_isolation(lease=0.5, poll=0.05, wait=1.0)
+    too_long = r"could not acquire the lock for '.*' within 1 s: its holder is still at work"
     is_held = anyio.Event()
 
     def hold_for_long() -> None:
         with isolation.lock_sync(KEY):
             anyio.from_thread.run_sync(is_held.set)
-            time.sleep(2.5)
+            time.sleep(1.7)
 
     def enter() -> None:
         with impatient.lock_sync(KEY):

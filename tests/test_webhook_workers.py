@@ -8,7 +8,8 @@ import re
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ import pytest
 from backends import MARIADB, POSTGRESQL, SQLITE, Backend
 from sqlalchemy import URL, create_engine, text
 from sqlalchemy.orm import Session
-from webhook_workers.__main__ import Telegram, Verdict, judge, updates, worker
+from webhook_workers.__main__ import Telegram, Verdict, judge, updates
 from webhook_workers.tables import Base
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 SYNCHRONOUS = [SQLITE[0], POSTGRESQL[0], *MARIADB[:1]]
-USERS, UPDATES = 20, 10  # of each
+USERS, UPDATES = 8, 6  # of each
 
 REPORT = re.compile(
     r"(?P<updates>\d+) updates of (?P<users>\d+) users at once, [\d.]+ s; "
@@ -88,10 +89,38 @@ def test_every_step_is_made_once_in_order_and_alone(database_url: dict[str, str]
 
 @pytest.mark.parametrize("database_url", POSTGRESQL[:1], ids=str, indirect=True)
 def test_without_isolation_steps_are_doubled(database_url: dict[str, str]) -> None:
-    said = run(database_url, "--without-isolation", "--updates", "5")
+    said = run(database_url, "--without-isolation", "--users", str(USERS), "--updates", "5")
     assert said["isolation"] == "off"
     assert int(said["doubled"]) > 0
     assert int(said["overlapping"]) > 0
+
+
+SHORT_LEASES = """
+from functools import partialmethod
+from hybrid_storage import SQLAlchemyStorage
+
+SQLAlchemyStorage.create_isolation = partialmethod(SQLAlchemyStorage.create_isolation, lease=5)
+
+from webhook_workers.worker import main
+
+main()
+"""
+
+
+@contextmanager
+def worker(environment: dict[str, str]) -> Generator[subprocess.Popen[str]]:
+    """Run a worker of the example, whose leases end sooner once it is dead."""
+    with subprocess.Popen(
+        [sys.executable, "-c", SHORT_LEASES],
+        cwd=EXAMPLES,
+        env={"BOT_TOKEN": "42:stand-in", **environment},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
 
 
 async def post_all(
@@ -102,7 +131,7 @@ async def post_all(
         telegram = Telegram(client, urls)
         posting = asyncio.gather(*[telegram.post(update) for update in posts])
         if meanwhile is not None:
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(0.3)
             assert not posting.done()
             meanwhile()
         await posting
@@ -131,8 +160,8 @@ async def test_neither_updates_sent_again_nor_a_killed_worker_lose_or_double_a_s
 ) -> None:
     """The other worker has the updates of the killed one, once the dead one's leases have ended."""
     create_tables(database_url)
-    once = updates(users=5, each=6)
-    posted = updates(users=20, each=10)
+    once = updates(users=5, each=4)
+    posted = updates(users=20, each=5)
     with worker(database_url) as doomed, worker(database_url) as other:
         assert doomed.stdout is not None
         assert other.stdout is not None
