@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import uuid
@@ -55,14 +56,18 @@ if sys.version_info < (3, 11):
 
 
 def pytest_configure() -> None:
-    """Put all temporary files into memory where there is room: no test is about the disk.
+    """Make the environment of the tests, and of the programs that they start.
 
-    Each commit would wait for it, and most of the tests do little else.
+    All temporary files go into memory where there is room: no test is about the disk. Each commit
+    would wait for it, and most of the tests do little else.
     """
     if "TMPDIR" not in os.environ and MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM:
         os.environ["TMPDIR"] = tempfile.tempdir = str(MEMORY)
     # It is for this run of pytest, and not for those that tests start.
     os.environ.pop("PYTEST_ADDOPTS", None)
+    # A shell has its background jobs ignore Ctrl-C, and the programs that they start with them.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
