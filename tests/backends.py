@@ -87,6 +87,10 @@ def mysql_version() -> str | None:
         return str(connection.get_server_info())
 
 
+IS_MARIADB = "MariaDB" in (mysql_version() or "")
+"""Whether that server is MariaDB: MySQL lacks some of its settings."""
+
+
 @cache
 def redis_version() -> str | None:
     """Return the version of the Redis server, None if none answers."""

@@ -13,7 +13,7 @@ import anyio
 import pytest
 import strings
 from aiogram.fsm.storage.base import StorageKey
-from backends import MARIADB, POSTGRESQL, SERVERS, SQLITE, Backend
+from backends import IS_MARIADB, MARIADB, POSTGRESQL, SERVERS, SQLITE, Backend
 from blocking import locked, until
 from chaos.proxy import Proxy
 from conftest import Open, StartProxy, all_at_once, drop_table
@@ -26,6 +26,7 @@ from hybrid_storage import SQLAlchemyStorage
 
 PATIENCE = 30.0  # seconds, for time-outs of two
 BY_NETWORK = [*POSTGRESQL, *MARIADB]
+WITH_ALL_SETTINGS = [*POSTGRESQL, *(MARIADB if IS_MARIADB else [])]
 
 
 def is_retried(caplog: pytest.LogCaptureFixture, storage: SQLAlchemyStorage) -> bool:
@@ -182,7 +183,7 @@ async def limited(backend: Backend, what: str, url: URL) -> AsyncIterator[SQLAlc
             await drop_table(storage, engine)
 
 
-@pytest.mark.parametrize("backend", BY_NETWORK, ids=str)
+@pytest.mark.parametrize("backend", WITH_ALL_SETTINGS, ids=str)
 async def test_a_statement_that_takes_too_long_is_raised_at_once(
     backend: Backend,
     url_of: Callable[[Backend], URL],
@@ -231,7 +232,7 @@ async def test_an_idle_transaction_ends_and_its_next_call_raises(
                     await storage.set_state(key, "lost as well")
             assert await storage.get_state(key) is None
 
-    await all_at_once(BY_NETWORK, check)
+    await all_at_once(WITH_ALL_SETTINGS, check)
 
 
 @pytest.mark.parametrize("backend", SQLITE, ids=str)
@@ -242,7 +243,7 @@ def test_sqlite_has_one_of_them(backend: Backend) -> None:
 # Settings of the connection, in place of the role's
 
 
-@pytest.mark.parametrize("backend", BY_NETWORK, ids=str)
+@pytest.mark.parametrize("backend", WITH_ALL_SETTINGS, ids=str)
 async def test_the_settings_of_a_connection_are_those_of_the_server(
     backend: Backend, open_storage: Open
 ) -> None:
