@@ -20,12 +20,15 @@ from aiogram.fsm.state import StatesGroup
 from aiogram.fsm.storage.base import BaseStorage, DefaultKeyBuilder, KeyBuilder, StorageKey
 from backends import BACKENDS, POSTGRESQL, SQLITE, Backend
 from conftest import Open, rows
-from sqlalchemy import URL, String, text
+from sqlalchemy import URL, Column, Dialect, MetaData, String, Table, text
+from sqlalchemy.dialects.mssql.base import MSDialect
+from sqlalchemy.dialects.oracle.base import OracleDialect
 from sqlalchemy.exc import DatabaseError, DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from hybrid_storage import CorruptDataError, FSMData, SQLAlchemyStorage
+from hybrid_storage._sql.limits import Limits
 
 ROW = "42:-1001234567890:7"  # the id of the row of the key that the tests use
 
@@ -568,3 +571,11 @@ async def test_a_key_that_mysql_would_take_for_another_is_refused(
     with pytest.raises(ValueError, match=r"ignores the blanks at the end.*escapes blanks"):
         await storage.set_state(key, "state")
     assert await rows(storage) == []
+
+
+@pytest.mark.parametrize("kind", [OracleDialect, MSDialect])
+def test_a_database_of_another_kind_is_refused(kind: Callable[[], Dialect]) -> None:
+    """No driver of theirs is here: so by what each first write asks."""
+    other = kind()
+    with pytest.raises(NotImplementedError, match=f"is for PostgreSQL.*bound to {other.name}"):
+        Limits(Table("fsm", MetaData(), Column("id", String)), other)

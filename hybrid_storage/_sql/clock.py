@@ -11,6 +11,8 @@ from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.ext.compiler import compiles
 
+from .limits import unsupported
+
 
 def now(dialect: Dialect) -> sa.ColumnElement[Any]:
     """Return the database's clock, in seconds since 1970, whatever its time zone."""
@@ -23,10 +25,7 @@ def now(dialect: Dialect) -> sa.ColumnElement[Any]:
         return sa.func.timestampdiff(unit, "1970-01-01", time, type_=sa.Double) / 1e6
     if isinstance(dialect, SQLiteDialect):
         return (sa.func.julianday("now", type_=sa.Double) - 2440587.5) * 86400.0
-    raise NotImplementedError(
-        f"event isolation knows the clocks of PostgreSQL, MySQL, MariaDB and SQLite, not that of "
-        f"{dialect.name}: for a bot of one process, create_isolation(lease=None) needs none"
-    )
+    raise unsupported(dialect)
 
 
 class Clock(ColumnElement[float]):

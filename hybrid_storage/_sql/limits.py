@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, Dialect, Table, literal_column, select
 from sqlalchemy.dialects.mysql.base import MySQLDialect
 from sqlalchemy.dialects.postgresql.base import PGDialect
+from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 
 _LARGE = 100_000  # characters, which may be a million bytes: the least that MySQL takes at once
 _POSTGRESQL_KEY = 2600  # characters; an index has room for a third of a page of 8 KiB, or more
@@ -20,11 +21,24 @@ def is_doubtful(text: str | None) -> bool:
     return text is not None and (len(text) > _LARGE or "\0" in text)
 
 
+def unsupported(dialect: Dialect) -> NotImplementedError:
+    """Return what is raised for a database that has none of the statements of ``_sql``."""
+    return NotImplementedError(
+        "this storage is for PostgreSQL, MariaDB, MySQL and SQLite, and the session factory is "
+        f"bound to {dialect.name}: give it the session factory of one of those"
+    )
+
+
 class Limits:
     """The limits of one table on one kind of database."""
 
     def __init__(self, table: Table, dialect: Dialect) -> None:
-        """Find the limits."""
+        """Find the limits.
+
+        :raises NotImplementedError: if the database is none that the storage is for
+        """
+        if not isinstance(dialect, (PGDialect, MySQLDialect, SQLiteDialect)):
+            raise unsupported(dialect)
         self._table = table.fullname
         # The id of a conversation is one of a row.
         names = [name for name in ("id", "conversation") if name in table.c]
