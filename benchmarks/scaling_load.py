@@ -30,6 +30,8 @@ POOL = 2
 """Connections of a process."""
 TASKS = 4
 """Users that a process serves at a time."""
+TICK = 0.01
+"""Seconds: the system counts the CPU time of other processes in these. Less is counted as one."""
 
 # Forked from a process that has imported what takes long, and has no threads.
 _FORKED = multiprocessing.get_context("forkserver")
@@ -88,7 +90,7 @@ def measured(server: Server, job: Job, processes: int = 1) -> Cost:
         _tell(ends)
         client = sum(_hear(ends))
         seconds = time.perf_counter() - began
-        cpu, wal = server.cpu() - cpu, server.log_position() - wal
+        cpu, wal = max(server.cpu() - cpu, TICK), server.log_position() - wal
         backends = server.backends()
         memory = memory_of(backends)
         _tell(ends)
