@@ -166,7 +166,9 @@ async def test_the_examples_of_the_transactions_page_run(
 def close_engines() -> None:
     """Close what the examples have opened, where nobody uses it any more."""
     gc.collect()
-    for engine in [each for each in gc.get_objects() if isinstance(each, Engine)]:
+    # isinstance() would ask a weak proxy, whose object may have gone.
+    engines = [each for each in gc.get_objects() if issubclass(type(each), Engine)]
+    for engine in engines:
         if "shop.db" in str(engine.url) or "bot.db" in str(engine.url):
             assert getattr(engine.pool, "checkedout")() == 0  # noqa: B009
             engine.dispose()
