@@ -13,7 +13,7 @@ PYTHON ?= python3
 VENV ?= .venv
 EXTRA ?= test
 CONSTRAINTS ?=
-PROCESSES ?= 3
+PROCESSES ?= 4
 BIN := $(VENV)/bin
 
 .PHONY: demo shop test chaos cluster bench docs lint clean

@@ -351,6 +351,7 @@ async def test_what_has_changed_in_the_source_since_it_was_read_is_moved_as_it_i
     assert await storage.get_state(KEY) == "changed"
 
 
+@pytest.mark.parametrize("backend", [SQLITE[0], POSTGRESQL[2]], ids=str)
 async def test_what_was_lost_or_changed_before_the_second_look_is_told(
     storage: SQLAlchemyStorage,
 ) -> None:
@@ -369,6 +370,7 @@ async def test_what_was_lost_or_changed_before_the_second_look_is_told(
     assert str(report).endswith("NOT verified: 1 missing, 1 changed since")
 
 
+@pytest.mark.parametrize("backend", [SQLITE[0], POSTGRESQL[2]], ids=str)
 async def test_what_a_bot_removes_from_the_source_after_the_second_look_is_no_loss(
     storage: SQLAlchemyStorage,
 ) -> None:
