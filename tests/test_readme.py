@@ -7,6 +7,7 @@ import asyncio
 import gc
 import inspect
 import re
+import warnings
 from datetime import datetime, timezone
 from itertools import chain, cycle
 from pathlib import Path
@@ -165,7 +166,10 @@ async def test_the_examples_of_the_transactions_page_run(
 
 def close_engines() -> None:
     """Close what the examples have opened, where nobody uses it any more."""
-    gc.collect()
+    with warnings.catch_warnings():
+        # Their databases in memory end with the process, so the pages don't close them.
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
     # isinstance() would ask a weak proxy, whose object may have gone.
     engines = [each for each in gc.get_objects() if issubclass(type(each), Engine)]
     for engine in engines:
