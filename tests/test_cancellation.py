@@ -31,6 +31,11 @@ from sqlalchemy.util import await_only
 from hybrid_storage import SQLAlchemyStorage
 from hybrid_storage._engine.cancellation import run_to_completion
 
+LONG = text(
+    "WITH RECURSIVE t(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM t WHERE n < 30000000)"
+    " SELECT count(*) FROM t"
+)
+"""A statement that takes SQLite several seconds."""
 Call = Callable[[], Coroutine[Any, Any, object]]
 How = Callable[[Call, asyncio.Event], Awaitable[None]]
 
@@ -189,6 +194,31 @@ async def test_a_statement_at_work_is_ended_by_a_cancellation(
         with anyio.fail_after(5), pytest.raises(asyncio.CancelledError):
             await task
     assert await storage.run_sync(lambda session: session.scalar(text("SELECT 5"))) == 5
+
+
+@pytest.mark.parametrize("backend", SQLITE, ids=str)
+@pytest.mark.parametrize("how", [cancel, cancel_thrice, wait_for], ids=name_of)
+async def test_a_function_that_is_cancelled_in_a_transaction_leaves_the_file_unlocked(
+    backend: Backend, how: How, open_storage: Open, key: StorageKey
+) -> None:
+    """SQLite would keep the lock for as long as a traceback has the cursor of a statement."""
+    options = {"poolclass": NullPool, "connect_args": {"timeout": 0.1}}
+    storage = await open_storage(backend, engine_options=options, retry_for=0)
+    started = asyncio.Event()
+
+    async def call() -> None:
+        async with storage.transaction():
+            await storage.set_state(key, "lost")
+            asyncio.get_running_loop().call_later(0.2, started.set)
+            await storage.run_sync(lambda session: session.execute(LONG))
+
+    gc.disable()  # it would close the cursor at some time
+    try:
+        await how(call, started)
+        await storage.set_state(key, "kept")
+    finally:
+        gc.enable()
+    assert await storage.get_state(key) == "kept"
 
 
 @pytest.mark.parametrize("backend", SERVERS, ids=str)

@@ -169,6 +169,20 @@ async def test_a_cancellation_rolls_back_both(shop: Shop, key: StorageKey, cance
     assert await shop.state(key) is None
 
 
+async def test_what_a_listener_of_the_commit_writes_by_the_session_is_committed(
+    shop: Shop, key: StorageKey
+) -> None:
+    def listen(session: Session) -> None:
+        order = text(f"INSERT INTO {shop.Order.__tablename__} (product) VALUES ('tea')")
+        event.listen(session.connection(), "commit", lambda _: session.execute(order))
+
+    async with shop.storage.transaction():
+        await shop.storage.set_state(key, "paid")
+        await shop.storage.run_sync(listen)
+    assert await shop.orders() == ["tea"]
+    assert await shop.state(key) == "paid"
+
+
 async def test_a_call_that_is_cancelled_twice_still_rolls_back(shop: Shop, key: StorageKey) -> None:
     written = anyio.Event()
 

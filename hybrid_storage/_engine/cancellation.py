@@ -151,6 +151,9 @@ def in_callers_task(awaitable: Awaitable[T], interrupter: Interrupter) -> Genera
                     # driver does to cancel at the server.
                     shield = CancelScope(shield=True).__enter__()
                     interrupter.request(is_cancelled)
+                    if _ending:  # for a turn: aiosqlite's thread is to roll back before it closes
+                        with suppress(asyncio.CancelledError):
+                            yield
                 step = partial(steps.throw, error)
     except StopIteration as stop:
         if cancellation is not None:

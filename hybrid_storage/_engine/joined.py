@@ -113,9 +113,9 @@ class JoinedConnections:
 
     def end(self, *, commits: bool) -> None:
         """Commit or roll back on all connections, and give them back."""
-        self._has_ended = True
-        self._connections.clear()
         with self._stack:
+            # Before they are given back, and after the commit, whose listeners may use the session.
+            self._stack.callback(self._forget)
             if commits:
                 for each in self._transactions:
                     if isinstance(each, TwoPhaseTransaction) and len(self._transactions) > 1:
@@ -135,6 +135,10 @@ class JoinedConnections:
             if not is_shared(transaction.connection.engine):
                 transaction.connection.invalidate()
             raise
+
+    def _forget(self) -> None:
+        self._has_ended = True
+        self._connections.clear()
 
 
 class JoinedSession(Session):
