@@ -17,12 +17,11 @@ from typing import TypeVar
 
 from anyio.lowlevel import RunVar
 from sqlalchemy import Connection
-from sqlalchemy.exc import DBAPIError
 
 from ._engine.access import Access
 from ._engine.calls import Call
 from ._engine.cancellation import run_to_completion
-from ._engine.errors import in_short, is_missing_table, is_serialization_failure
+from ._engine.errors import in_short, is_missing_table
 from ._engine.retries import logger
 from ._sql.leases import Fence, Leases, Taken
 
@@ -78,17 +77,9 @@ class HeldLeases:
 
         call = self._call(acquire, row)
 
-        async def once() -> Taken | None:
-            try:
-                return await self._access.runner.execute(call)
-            except DBAPIError as error:
-                if not is_serialization_failure(error):
-                    raise
-                return None  # at such isolation levels, that another takes it is an error
-
         async def attempt() -> Taken | None:
             nonlocal unanswered
-            taken = await self._access.execute(call, once, is_apart=True)
+            taken = await self._access.execute(call, is_apart=True)
             unanswered = False
             return taken
 

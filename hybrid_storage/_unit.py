@@ -13,13 +13,12 @@ from functools import partial
 from typing import Any, TypeVar
 
 from anyio import Lock
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm.exc import StaleDataError
 
 from ._blocks import Before, Block, changed_by
 from ._engine.access import Access
 from ._engine.calls import Call
-from ._engine.errors import is_serialization_failure
 from ._leases import HeldLease
 from ._sql.changes import ChangedRow, Texts
 from ._sql.leases import NOBODY
@@ -223,10 +222,6 @@ class UnitOfWork:
                     outcome = await self._access.runner.execute(call)
                 except IntegrityError:
                     if not await self._reread(changes):
-                        raise
-                    outcome = Outcome.CONFLICT
-                except DBAPIError as error:
-                    if not is_serialization_failure(error):
                         raise
                     outcome = Outcome.CONFLICT
                 if outcome is Outcome.LOST and hold is not None:

@@ -68,9 +68,8 @@ class Backend:
         return self.name
 
 
-@cache
-def mysql_version() -> str | None:
-    """Return the version of the MariaDB or MySQL server, None if none answers."""
+def _mysql_says(statement: str) -> str | None:
+    """Return what the MariaDB or MySQL server answers, None if none does."""
     url = make_url(MYSQL_URL)
     try:
         connection = pymysql.connect(
@@ -81,14 +80,24 @@ def mysql_version() -> str | None:
             database=url.database,
             connect_timeout=5,
         )
+        with connection, connection.cursor() as cursor:
+            cursor.execute(statement)
+            [[answer]] = cursor.fetchall()
+            return str(answer)
     except pymysql.err.OperationalError:
         return None
-    with connection:
-        return str(connection.get_server_info())
+
+
+@cache
+def mysql_version() -> str | None:
+    """Return the version of the MariaDB or MySQL server, None if none answers."""
+    return _mysql_says("SELECT VERSION()")
 
 
 IS_MARIADB = "MariaDB" in (mysql_version() or "")
 """Whether that server is MariaDB: MySQL lacks some of its settings."""
+HAS_SNAPSHOT_ISOLATION = _mysql_says("SELECT @@innodb_snapshot_isolation") == "1"
+"""Whether a transaction fails if it writes what has changed since it began: MariaDB 11.6."""
 
 
 @cache

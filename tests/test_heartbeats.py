@@ -17,9 +17,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from hybrid_storage import SQLAlchemyStorage
 
-LEASE = 1.5  # seconds
+LEASE = 3.0  # seconds
 HELD_FOR = 1.5 * LEASE
-WAITING = 3000  # calls, which take longer than a lease one after another
+WAITING = 6000  # calls, which take longer than a lease one after another
 
 
 def lost(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -19,7 +19,7 @@ from aiogram.exceptions import DataNotDictLikeError
 from aiogram.fsm.storage.base import StorageKey
 from anyio import CapacityLimiter, to_thread
 from anyio.lowlevel import checkpoint
-from backends import BACKENDS, MARIADB, POSTGRESQL, SERVERS, SQLITE, Backend
+from backends import BACKENDS, IS_MARIADB, MARIADB, POSTGRESQL, SERVERS, SQLITE, Backend
 from blocking import (
     PATIENCE,
     give_way,
@@ -677,13 +677,17 @@ async def test_pending_objects_of_a_callers_session_are_left_pending(
         assert await caller.run(lambda session: session.query(storage.model).count()) == 2
 
 
+SNAPSHOT_ISOLATION = "SET SESSION innodb_snapshot_isolation = {}"
+
+
 @pytest.mark.parametrize("backend", MARIADB, ids=str)
 async def test_an_update_in_a_callers_older_snapshot_loses_nothing_of_the_newer_data(
     backend: Backend, open_storage: Open, key: StorageKey
 ) -> None:
-    storage, factory, _ = await opened(
-        open_storage, backend, engine_options={"isolation_level": "REPEATABLE READ"}
-    )
+    options: dict[str, Any] = {"isolation_level": "REPEATABLE READ"}
+    if IS_MARIADB:
+        options["connect_args"] = {"init_command": SNAPSHOT_ISOLATION.format("OFF")}
+    storage, factory, _ = await opened(open_storage, backend, engine_options=options)
     await storage.set_data(key, {"old": 1})
     async with Caller(storage, factory) as caller:
         assert await caller.call("get_data", key) == {"old": 1}
@@ -695,17 +699,39 @@ async def test_an_update_in_a_callers_older_snapshot_loses_nothing_of_the_newer_
     assert await storage.get_data(key) == together
 
 
-@pytest.mark.parametrize("backend", POSTGRESQL, ids=str)
+@pytest.mark.parametrize("backend", [*POSTGRESQL, *(MARIADB if IS_MARIADB else [])], ids=str)
 async def test_an_update_in_a_callers_older_snapshot_fails_where_the_database_says_so(
     backend: Backend, open_storage: Open, key: StorageKey
 ) -> None:
-    storage, factory, _ = await opened(
-        open_storage, backend, engine_options={"isolation_level": "REPEATABLE READ"}
-    )
+    options: dict[str, Any] = {"isolation_level": "REPEATABLE READ"}
+    if backend.server == "mariadb":
+        options["connect_args"] = {"init_command": SNAPSHOT_ISOLATION.format("ON")}
+    storage, factory, _ = await opened(open_storage, backend, engine_options=options)
     await storage.set_data(key, {"old": 1})
     async with Caller(storage, factory) as caller:
         assert await caller.call("get_data", key) == {"old": 1}
         await storage.update_data(key, {"newer": 2})
-        with pytest.raises(DBAPIError, match="could not serialize access"):
+        with pytest.raises(DBAPIError, match=r"could not serialize|1020, .Record has"):
             await caller.call("update_data", key, {"caller": 3})
     assert await storage.get_data(key) == {"old": 1, "newer": 2}
+
+
+LEVELS = [
+    *((each, {"isolation_level": "REPEATABLE READ"}) for each in POSTGRESQL),
+    *((each, {"isolation_level": "SERIALIZABLE"}) for each in POSTGRESQL),
+    *(
+        (each, {"connect_args": {"init_command": SNAPSHOT_ISOLATION.format("ON")}})
+        for each in (MARIADB if IS_MARIADB else [])
+    ),
+]
+
+
+@pytest.mark.parametrize(("backend", "options"), LEVELS)
+async def test_updates_that_overtake_each_other_are_made_again_at_once(
+    backend: Backend, options: dict[str, Any], open_storage: Open, key: StorageKey
+) -> None:
+    """Where the isolation level has all but the first one fail, and nothing else tries again."""
+    storage = await open_storage(backend, engine_options=options, retry_for=0)
+    fields = [f"field {number}" for number in range(40)]
+    await asyncio.gather(*(storage.update_data(key, {field: 1}) for field in fields))
+    assert await storage.get_data(key) == dict.fromkeys(fields, 1)

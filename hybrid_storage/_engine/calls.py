@@ -9,10 +9,16 @@ from typing import Any, Generic, TypeVar
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
-from .errors import is_missing_column, is_missing_table, is_of_the_wrong_server
+from .errors import (
+    is_missing_column,
+    is_missing_table,
+    is_of_the_wrong_server,
+    is_serialization_failure,
+)
 
 T = TypeVar("T")
 
+_OTHERS = 100  # who may be first, one after the other, before a call says that it failed
 _STANDBYS = "SELECT current_setting('synchronous_standby_names', true)"
 _WRITE_TO_LOG = "SELECT CAST(pg_logical_emit_message(true, 'hybrid_storage', '') AS TEXT)"
 
@@ -58,6 +64,21 @@ class Call(Generic[T]):
                     "a migration; create_table() leaves a table that exists as it is"
                 )
             raise
+
+
+def until_first(transact: Callable[[], T]) -> T:
+    """Do a transaction once more whenever another has written to one of its rows since it began.
+
+    REPEATABLE READ and SERIALIZABLE have one of the two fail, and count on that. Each time, another
+    one got further.
+    """
+    for _ in range(_OTHERS):
+        try:
+            return transact()
+        except DBAPIError as error:
+            if not is_serialization_failure(error):
+                raise
+    return transact()
 
 
 def confirmation(call: Call[Any]) -> Call[None]:

@@ -37,7 +37,8 @@ _MISSING_TABLE_IN_SQLITE = re.compile(r"no such table")
 _MISSING_COLUMN_IN_SQLITE = re.compile(r"no such column|table .* has no column")
 
 _LOCK_TIMEOUT: _Codes = frozenset({"55P03", 1205})
-_SERIALIZATION_FAILURE: _Codes = frozenset({"40001", "OC000", "OC001"})  # OC: Aurora DSQL
+# OC: Aurora DSQL. 1020: MariaDB with innodb_snapshot_isolation, the default since 11.6.
+_SERIALIZATION_FAILURE: _Codes = frozenset({"40001", "OC000", "OC001", 1020})
 _NO_SAVEPOINT: _Codes = frozenset({"3B001", "25P01", 1305})  # 1305: also for a function
 _NO_SAVEPOINT_IN_SQLITE = re.compile(r"no such savepoint")
 
@@ -91,7 +92,7 @@ def is_lock_timeout(error: DBAPIError) -> bool:
 
 def is_serialization_failure(error: DBAPIError) -> bool:
     """Tell whether the isolation level wants the transaction to be done once more."""
-    return _sqlstate(error) in _SERIALIZATION_FAILURE
+    return _sqlstate(error) in _SERIALIZATION_FAILURE or _number(error) in _SERIALIZATION_FAILURE
 
 
 def is_missing_savepoint(error: DBAPIError) -> bool:

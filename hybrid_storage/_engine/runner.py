@@ -24,7 +24,7 @@ from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.exc import DBAPIError, UnboundExecutionError
 from sqlalchemy.orm import Session
 
-from .calls import Call, leave_wrong_server
+from .calls import Call, leave_wrong_server, until_first
 from .cancellation import Interrupter, in_callers_task, run_to_completion
 from .factories import check_bind, synchronous
 from .poolers import connect, look, needs_transactions, note
@@ -182,15 +182,20 @@ def _on_connection(
     """Run a call on a connection, and commit what it has written."""
     with context(), exclusive(bind):
         is_counted_on = _is_counted_on(session, bind)
-        if is_counted_on and session.bind is not bind:
-            return _in_session(session, call, interrupter)  # with rules of its own
-        with checked_out(bind, pool) as connection:
-            if is_counted_on:
-                session.bind = connection
+        has_rules = is_counted_on and session.bind is not bind
+
+        def attempt() -> T:
+            if has_rules:
                 return _in_session(session, call, interrupter)
-            if _autocommits(bind) and not call.in_transaction:
-                return _in_autocommit(connection, call, interrupter)
-            return _run(connection, call, interrupter)
+            with checked_out(bind, pool) as connection:
+                if is_counted_on:
+                    session.bind = connection
+                    return _in_session(session, call, interrupter)
+                is_alone = _autocommits(bind) and not call.in_transaction
+                return (_in_autocommit if is_alone else _run)(connection, call, interrupter)
+
+        # The application's own transaction is not done again here.
+        return attempt() if isinstance(bind, Connection) else until_first(attempt)
 
 
 def _in_session(session: Session, call: Call[T], interrupter: Interrupter) -> T:
