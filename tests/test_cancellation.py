@@ -558,6 +558,8 @@ if sys.version_info >= (3, 11):
             for name, timeout in (("inner", inner), ("outer", outer)):
                 if expiring in (name, "both"):
                     timeout.reschedule(0)
+            if can_interrupt(backend):  # with the lock gone, the write could come first
+                await until(lambda: bool(caught))
             await give_way()
             lock.release()
 
