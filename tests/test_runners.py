@@ -28,7 +28,7 @@ from blocking import (
     statements,
     until,
 )
-from conftest import Open, drop_table, rows
+from conftest import Open, drop_table, engine_of, rows
 from sqlalchemy import URL, Delete, Insert, Update, create_engine, event, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
@@ -732,6 +732,8 @@ async def test_updates_that_overtake_each_other_are_made_again_at_once(
 ) -> None:
     """Where the isolation level has all but the first one fail, and nothing else tries again."""
     storage = await open_storage(backend, engine_options=options, retry_for=0)
+    # For such an application, PostgreSQL gets no AUTOCOMMIT, where nothing is overtaken.
+    event.listen(engine_of(storage), "begin", lambda connection: None)
     fields = [f"field {number}" for number in range(40)]
     await asyncio.gather(*(storage.update_data(key, {field: 1}) for field in fields))
     assert await storage.get_data(key) == dict.fromkeys(fields, 1)

@@ -191,8 +191,8 @@ def _on_connection(
                 if is_counted_on:
                     session.bind = connection
                     return _in_session(session, call, interrupter)
-                is_alone = _autocommits(bind) and not call.in_transaction
-                return (_in_autocommit if is_alone else _run)(connection, call, interrupter)
+                autocommits = _autocommits(bind) and not call.in_transaction
+                return (_in_autocommit if autocommits else _run)(connection, call, interrupter)
 
         # The application's own transaction is not done again here.
         return attempt() if isinstance(bind, Connection) else until_first(attempt)
