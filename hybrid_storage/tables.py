@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from sqlalchemy import Connection, Table
 from sqlalchemy.exc import DBAPIError
@@ -16,6 +16,7 @@ from .operations import Calls
 from .transactions import S, Transactions
 
 T = TypeVar("T")
+OfTables: TypeAlias = Callable[[Connection, list[Table]], T]
 
 
 class Tables(Transactions[S]):
@@ -32,12 +33,13 @@ class Tables(Transactions[S]):
         :raises RuntimeError: if the table of event isolation is that of a former version, or if the
             table is there and lacks the columns to look by
         """
-        try:
-            await self._retried("creating", create)
-        except DBAPIError as error:
-            # Another process may have created it between the look and the statement.
-            if is_transient(error) or len(await self._with_tables(missing)):
-                raise
+        for table in self._tables:
+            try:
+                await self._retried("creating", create, [table])
+            except DBAPIError as error:
+                # Another process may have created it between the look and the statement.
+                if is_transient(error) or table.fullname in await self._with_tables(missing):
+                    raise
         await self._check_columns()
 
     async def check_table(self) -> None:
@@ -67,12 +69,18 @@ class Tables(Transactions[S]):
                 "or migrate it with Alembic"
             )
 
-    async def _retried(self, doing: str, function: Callable[[Connection, list[Table]], T]) -> T:
-        what = f"{doing} table {self._tables[0].fullname!r}"
-        attempt = partial(self._with_tables, function)
+    async def _retried(
+        self, doing: str, function: OfTables[T], tables: list[Table] | None = None
+    ) -> T:
+        what = f"{doing} table {(tables or self._tables)[0].fullname!r}"
+        attempt = partial(self._with_tables, function, tables)
         return await with_retries(attempt, self._access.retry_for, what)
 
-    def _with_tables(self, function: Callable[[Connection, list[Table]], T]) -> Awaitable[T]:
+    def _with_tables(
+        self, function: OfTables[T], tables: list[Table] | None = None
+    ) -> Awaitable[T]:
         return self._in_own_transaction(
-            lambda session: function(session.connection(self._calls.to_write), self._tables)
+            lambda session: function(
+                session.connection(self._calls.to_write), tables or self._tables
+            )
         )

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from typing import Any
 
 import pytest
 from backends import FORKED, SERVERS, Backend
-from conftest import Open
+from conftest import Open, dispose
 from process_worker import KEY, main
-from sqlalchemy import URL
+from sqlalchemy import URL, create_engine, event
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from hybrid_storage import SQLAlchemyStorage
 
 PROCESSES = 3
 FIELDS = 30  # that each of them sets at once
+SYNCHRONOUS = {"sqlite": "sqlite", "postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql"}
 
 
 class Workers:
@@ -89,3 +93,29 @@ async def test_several_processes_may_create_the_table_at_once(
         await storage.run_sync(lambda session: storage.table.drop(session.connection()))
         fields = workers.set_fields(1, storage, backend, url_of(backend), create=True)
         assert sorted(await storage.get_data(KEY)) == sorted(fields)
+
+
+async def test_another_process_may_have_created_only_one_of_the_tables(
+    backend: Backend, url_of: Callable[[Backend], URL]
+) -> None:
+    """It did so between our look and our statement, and has yet to create the other."""
+    url = url_of(backend)
+    engine = backend.engine(url)
+    storage = SQLAlchemyStorage(backend.factory(engine), table_name=f"fsm_{uuid.uuid4().hex}")
+    storage.create_isolation()
+    other = create_engine(url.set(drivername=SYNCHRONOUS[url.get_backend_name()]))
+
+    def create_first(*arguments: Any) -> None:
+        if arguments[2].lstrip().startswith(f"CREATE TABLE {storage.table.name} "):
+            storage.table.create(other)
+
+    event.listen(
+        engine.sync_engine if isinstance(engine, AsyncEngine) else engine,
+        "before_cursor_execute",
+        create_first,
+    )
+    await storage.create_table()
+    await storage.check_table()
+    await dispose(engine)
+    storage.table.metadata.drop_all(other)
+    other.dispose()
