@@ -6,6 +6,7 @@ import asyncio
 import datetime
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -98,10 +99,21 @@ def test_the_old_name_of_postgresql() -> None:
         SQLAlchemyStorage.from_url("postgres://root@127.0.0.1/test")
 
 
-def test_a_driver_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "asyncpg", None)
-    url = "postgresql+asyncpg://root:secret@127.0.0.1/test"
-    with pytest.raises(ModuleNotFoundError, match=r"needs the driver asyncpg, which"):
+@pytest.mark.parametrize(
+    ("url", "module", "other"),
+    [
+        ("postgresql+asyncpg://root:secret@127.0.0.1/test", "asyncpg", "postgresql+psycopg"),
+        ("postgresql+psycopg://root:secret@127.0.0.1/test", "psycopg", "postgresql+asyncpg"),
+        ("mysql://root:secret@127.0.0.1/test", "MySQLdb", "mysql+pymysql"),
+        ("sqlite+aiosqlite:///test.db", "aiosqlite", "sqlite+pysqlite"),
+    ],
+)
+def test_a_driver_that_is_not_installed_is_named(
+    monkeypatch: pytest.MonkeyPatch, url: str, module: str, other: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    expected = rf"needs the driver {module}, which .*'{re.escape(other)}://\.\.\.'"
+    with pytest.raises(ModuleNotFoundError, match=expected):
         SQLAlchemyStorage.from_url(url)
 
 

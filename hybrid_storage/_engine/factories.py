@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 
 S_co = TypeVar("S_co", covariant=True)
 
+# Drivers to name where the URL's own is not installed.
+DRIVERS = {
+    "mariadb": ("pymysql", "asyncmy"),
+    "mysql": ("pymysql", "asyncmy"),
+    "postgresql": ("asyncpg", "psycopg"),
+    "sqlite": ("pysqlite", "aiosqlite"),
+}
+
 
 class _Maker(Protocol[S_co]):
     """A ``sessionmaker`` or an ``async_sessionmaker``."""
@@ -89,9 +97,13 @@ def engine_and_factory(url: str | URL, options: dict[str, Any]) -> tuple[AnyEngi
         engine = create_engine(url, **options)
         return engine, sessionmaker(engine)
     except ModuleNotFoundError as error:
+        backend = url.get_backend_name()
+        drivers = DRIVERS.get(backend, DRIVERS["postgresql"])
+        names = [f"{backend}+{driver}" for driver in drivers]
+        other = next((name for name in names if name != url.drivername), names[0])
         raise ModuleNotFoundError(
             f"{url.drivername}:// needs the driver {error.name}, which is not installed: install "
-            "it, or name another one in the URL, as in 'postgresql+asyncpg://...'",
+            f"it, or name another one in the URL, as in '{other}://...'",
             name=error.name,
         ) from error
 
