@@ -13,7 +13,7 @@ def main() -> None:
             raise
         sys.stderr.write(
             f"hybrid-storage needs {library}, which the extra brings: "
-            "pip install 'aiogram-hybrid-storage[cli]'\n"
+            'pip install "aiogram-hybrid-storage[cli]"\n'
         )
         sys.exit(2)
     except KeyboardInterrupt:

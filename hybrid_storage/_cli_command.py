@@ -224,8 +224,8 @@ def exit_codes(secrets: Secrets, debug: bool) -> Iterator[None]:
     except (click.ClickException, BrokenPipeError):
         raise  # click knows what to do
     except Exception as error:
-        text = traceback.format_exc() if debug else f"Error: {_explained(error)}"
-        click.echo(secrets.hide(text), err=True)
+        trace = secrets.hide(traceback.format_exc()) if debug else None
+        click.echo(trace or f"Error: {_explained(error, secrets)}", err=True)
         is_wrong = isinstance(error, _WRONG_USAGE) and not isinstance(error, CorruptDataError)
         sys.exit(2 if is_wrong else 1)
     finally:
@@ -244,18 +244,19 @@ class _Formatter(logging.Formatter):
         return self._secrets.hide(super().format(record) if self._debug else record.getMessage())
 
 
-def _explained(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError):
-        if error.name in _EXTRAS:
-            return (
-                f"{error.name} is not installed: pip install 'aiogram-hybrid-storage[{error.name}]'"
-            )
-        return f"{error.name} is not installed: install it, or name another driver in the URL"
+def _explained(error: Exception, secrets: Secrets) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
+        return f'{error.name} is not installed: pip install "aiogram-hybrid-storage[{error.name}]"'
+    if isinstance(error, NoSuchModuleError):
+        return (
+            f"{error}: no database of SQLAlchemy's. From Redis, there is `hybrid-storage migrate`"
+        )
     if is_missing_table(error):
         return "the table is missing: create it with `hybrid-storage tables create`"
-    if isinstance(error, (Unfit, *_WRONG_USAGE, RuntimeError)):
+    if isinstance(error, Unfit):
         return str(error)
-    return in_short(error)
+    is_short = isinstance(error, (*_WRONG_USAGE, RuntimeError))
+    return secrets.hide(str(error) if is_short else in_short(error))
 
 
 def _told(number: int | None, what: str) -> str:

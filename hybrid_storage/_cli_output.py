@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 from sqlalchemy import URL
+
+_SHORT = 4  # characters of a password
 
 
 class Secrets:
@@ -30,13 +33,16 @@ class Secrets:
                     words |= {value} if isinstance(value, str) else set(value)
         words |= {spelled(word) for word in words for spelled in (quote, quote_plus, ascii)}
         words -= {"", "''"}
-        self._words = sorted(words, key=len, reverse=True)
+        # A short one is part of many words: to hide it there would tell what it is.
+        patterns = [
+            re.escape(word) if len(word) >= _SHORT else rf"(?<!\w){re.escape(word)}(?!\w)"
+            for word in sorted(words, key=len, reverse=True)
+        ]
+        self._pattern = re.compile("|".join(patterns) or r"(?!)")
 
     def hide(self, text: str) -> str:
         """Return a text with ``***`` in place of each password."""
-        for word in self._words:
-            text = text.replace(word, "***")
-        return text
+        return self._pattern.sub("***", text)
 
 
 class Output:

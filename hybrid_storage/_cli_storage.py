@@ -15,16 +15,12 @@ from sqlalchemy import URL, Connection, MetaData, Table, inspect, make_url
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.schema import CreateIndex, CreateTable, DDLElement
 
-from ._engine.factories import engine_and_factory
+from ._engine.factories import DRIVERS, engine_and_factory
 from ._sql.lookups import COLUMNS
 from ._steps import Batch
 from .model import declare_lock_table, declare_model, table_of
 from .storage import SQLAlchemyStorage
 
-# Which driver a URL without one gets: the first that is installed.
-_POSTGRESQL = ("psycopg", "asyncpg", "psycopg2", "pg8000")
-_MYSQL = ("pymysql", "asyncmy")
-_DRIVERS = {"postgresql": _POSTGRESQL, "mysql": _MYSQL, "mariadb": _MYSQL}
 _MISSING = "table {!r} is missing: create it with `hybrid-storage tables create`"
 
 
@@ -54,7 +50,7 @@ def parse_url(text: str) -> URL:
     """
     scheme, separator, rest = text.partition("://")
     scheme = {"postgres": "postgresql"}.get(scheme, scheme)
-    for driver in _DRIVERS.get(scheme, ()):
+    for driver in DRIVERS.get(scheme, ()):
         if find_spec(driver):
             scheme = f"{scheme}+{driver}"
             break

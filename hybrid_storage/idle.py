@@ -133,7 +133,7 @@ class _Round:
                 raise TypeError(
                     f"on_idle() takes an async function as action, not {self._action!r}"
                 )
-            logger.info("%s: %d conversations so far", self, self._handed)
+            logger.info("%s: conversations handed out: %d", self, self._handed)
             after = rows[-1]
         return self._handed
 

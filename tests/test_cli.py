@@ -328,8 +328,11 @@ def test_another_key_builder_is_taken_from_a_module(
         (["purge", "--expires-after", "0", "--yes"], "not in the range"),
         (["list", "--idle-for", "-1"], "not in the range"),
         (["count", "--url", "nonsense"], "not a database URL"),
-        (["count", "--url", "mysql+mysqldb://h/x"], "MySQLdb is not installed"),
-        (["count", "--url", "nothing://h/x"], "Can't load plugin"),
+        (["count", "--url", "mysql+mysqldb://h/x"], "needs the driver MySQLdb"),
+        (
+            ["count", "--url", "redis://h/0"],
+            "Can't load plugin: sqlalchemy.dialects:redis: no database",
+        ),
         (["lost"], "No such command"),
     ],
     ids=lambda each: " ".join(each) if isinstance(each, list) else "",
@@ -394,6 +397,15 @@ def test_a_password_is_hidden_in_what_is_logged(shell: Shell) -> None:
     formatter = logging.Formatter()
     record = logging.makeLogRecord({"msg": "as s3cret", "levelno": 30})
     assert _cli_output.Secrets(url).hide(formatter.format(record)) == "as ***"
+
+
+@pytest.mark.parametrize("password", ["table", "s"])
+def test_a_password_that_is_a_word_is_not_told_by_its_gaps(
+    postgres_database: URL, password: str
+) -> None:
+    url = postgres_database.set(password=password).render_as_string(hide_password=False)
+    result = CliRunner().invoke(app, ["count"], env={"HYBRID_STORAGE_URL": url})
+    assert "table 'aiogram_fsm_data' is missing: create it with `hybrid-" in result.stderr
 
 
 def test_what_users_write_does_not_steer_the_terminal(shell: Shell) -> None:
@@ -555,7 +567,7 @@ def test_a_missing_library_is_told_with_the_extra_that_brings_it() -> None:
     assert (ended.returncode, ended.stdout) == (0, "click 2\nrich 2\n")
     assert ended.stderr == "".join(
         f"hybrid-storage needs {library}, which the extra brings: "
-        "pip install 'aiogram-hybrid-storage[cli]'\n"
+        'pip install "aiogram-hybrid-storage[cli]"\n'
         for library in ("click", "rich")
     )
 

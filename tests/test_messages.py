@@ -105,7 +105,7 @@ def test_the_old_name_of_postgresql() -> None:
         ("postgresql+asyncpg://root:secret@127.0.0.1/test", "asyncpg", "postgresql+psycopg"),
         ("postgresql+psycopg://root:secret@127.0.0.1/test", "psycopg", "postgresql+asyncpg"),
         ("mysql://root:secret@127.0.0.1/test", "MySQLdb", "mysql+pymysql"),
-        ("sqlite+aiosqlite:///test.db", "aiosqlite", "sqlite+pysqlite"),
+        ("sqlite+aiosqlite:///test.db", "aiosqlite", "sqlite"),
     ],
 )
 def test_a_driver_that_is_not_installed_is_named(

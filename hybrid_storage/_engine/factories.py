@@ -20,13 +20,15 @@ if TYPE_CHECKING:
 
 S_co = TypeVar("S_co", covariant=True)
 
-# Drivers to name where the URL's own is not installed.
 DRIVERS = {
-    "mariadb": ("pymysql", "asyncmy"),
+    "postgresql": ("psycopg", "asyncpg", "psycopg2", "pg8000"),
     "mysql": ("pymysql", "asyncmy"),
-    "postgresql": ("asyncpg", "psycopg"),
-    "sqlite": ("pysqlite", "aiosqlite"),
+    "mariadb": ("pymysql", "asyncmy"),
 }
+"""To use, or to name in an error, where the one of the URL is not installed; the best come first.
+
+SQLite has one that comes with Python.
+"""
 
 
 class _Maker(Protocol[S_co]):
@@ -98,9 +100,8 @@ def engine_and_factory(url: str | URL, options: dict[str, Any]) -> tuple[AnyEngi
         return engine, sessionmaker(engine)
     except ModuleNotFoundError as error:
         backend = url.get_backend_name()
-        drivers = DRIVERS.get(backend, DRIVERS["postgresql"])
-        names = [f"{backend}+{driver}" for driver in drivers]
-        other = next((name for name in names if name != url.drivername), names[0])
+        names = [*(f"{backend}+{driver}" for driver in DRIVERS.get(backend, ())), backend]
+        other = next((name for name in names if name != url.drivername), "postgresql+psycopg")
         raise ModuleNotFoundError(
             f"{url.drivername}:// needs the driver {error.name}, which is not installed: install "
             f"it, or name another one in the URL, as in '{other}://...'",
