@@ -63,6 +63,8 @@ def pytest_configure() -> None:
     """
     if "TMPDIR" not in os.environ and MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM:
         os.environ["TMPDIR"] = tempfile.tempdir = str(MEMORY)
+    # Nothing of what is collected is garbage, and there is much to look at.
+    gc.disable()
     # It is for this run of pytest, and not for those that tests start.
     os.environ.pop("PYTEST_ADDOPTS", None)
     # A shell has its background jobs ignore Ctrl-C, and the programs that they start with them.
@@ -90,6 +92,7 @@ def pytest_collection_finish() -> None:
     """Have the garbage collector leave alone what is there from now on: it is much, and stays."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_sessionfinish() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,7 @@ def private_names(tree: ast.AST, own: set[str]) -> Iterator[str]:
                     yield from (part for part in argument.value.split(".") if is_private(part))
 
 
+@cache
 def everything_owned() -> set[str]:
     return set().union(*(own_names(ast.parse(path.read_text())) for path in MODULES))
 
