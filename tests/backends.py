@@ -30,6 +30,8 @@ SIZES = {"pool_size", "max_overflow", "pool_timeout"}
 """The options of pools that have a size."""
 
 SQLALCHEMY_2_0 = sqlalchemy.__version__.startswith("2.0.")
+BROKEN_PING = SQLALCHEMY_2_0 and int(sqlalchemy.__version__.split(".")[2]) < 50
+"""Whether asyncmy can't be asked for a sign of life, because of the ping() of PyMySQL 1.2."""
 
 # Processes are forked from one that has imported what takes long, and has no threads.
 FORKED = multiprocessing.get_context("forkserver")
@@ -62,6 +64,14 @@ class Backend:
             # Before SQLAlchemy 2.0.38, an engine on aiosqlite had no pool, which refuses sizes.
             options.setdefault("poolclass", AsyncAdaptedQueuePool if self.is_async else QueuePool)
         return create(url.set(drivername=f"{url.get_backend_name()}+{self.driver}"), **options)
+
+    @property
+    def without_tls(self) -> dict[str, Any]:
+        """What ``connect_args`` need for a test that cancels calls while they connect.
+
+        Cancelled while it asks for TLS, asyncpg leaves an exception to asyncio's log.
+        """
+        return {"ssl": "disable"} if self.driver == "asyncpg" else {}
 
     def factory(self, engine: Engine | AsyncEngine) -> Any:
         """Return a session factory of this backend's kind."""

@@ -656,9 +656,7 @@ async def test_a_call_that_is_cancelled_between_two_attempts_makes_no_other(
 async def test_a_cancellation_at_any_moment_leaves_all_or_nothing(
     backend: Backend, open_storage: Open, key: StorageKey
 ) -> None:
-    # Cancelled while it asks for TLS, asyncpg leaves an exception to asyncio's log.
-    plain = {"ssl": "disable"} if backend.driver == "asyncpg" else {}
-    options = {"poolclass": NullPool, "connect_args": plain}
+    options = {"poolclass": NullPool, "connect_args": backend.without_tls}
     storage = await open_storage(backend, engine_options=options)
     for turns in range(30):
         before = await storage.get_data(key)
