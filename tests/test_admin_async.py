@@ -18,6 +18,7 @@ import httpx
 import pytest
 from aiogram.fsm.storage.base import StorageKey
 from browser import HAS_BROWSER, Browser, chromium
+from conftest import checked_out
 from selenium import webdriver
 from sqlalchemy import URL, update
 
@@ -70,7 +71,7 @@ async def example(database_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIt
                 aged = update(row).values(written_at=row.written_at - age)
                 await session.execute(aged.where(row.id == f"42:{user}:{user}"))
         yield example
-        assert example.engine.pool.checkedout() == 0
+        assert checked_out(example.engine) == 0
     del sys.modules["admin_async"]
 
 

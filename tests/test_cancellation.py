@@ -25,7 +25,7 @@ from backends import BACKENDS, POSTGRESQL, SERVERS, SQLITE, Backend
 from blocking import PATIENCE, give_way, locked, statements, until
 from conftest import Open, drop_table
 from sqlalchemy import URL, Engine, event, text
-from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, Pool, QueuePool
+from sqlalchemy.pool import NullPool
 from sqlalchemy.util import await_only
 
 from hybrid_storage import SQLAlchemyStorage
@@ -122,11 +122,6 @@ def name_of(how: How) -> str:
 def can_interrupt(backend: Backend) -> bool:
     """Tell whether the driver can end a statement."""
     return backend.server != "mariadb"
-
-
-def pool_of(backend: Backend) -> type[Pool]:
-    """Return the class of pool that has a size. Some releases have aiosqlite go without a pool."""
-    return AsyncAdaptedQueuePool if backend.is_async else QueuePool
 
 
 @pytest.fixture
@@ -611,7 +606,7 @@ async def test_a_call_that_is_cancelled_before_its_turn_does_nothing(
 async def test_a_call_that_is_cancelled_in_the_queue_for_a_pool_ends_at_once(
     backend: Backend, open_storage: Open, url_of: Callable[[Backend], URL], key: StorageKey
 ) -> None:
-    one = {"poolclass": pool_of(backend), "pool_size": 1, "max_overflow": 0}
+    one = {"pool_size": 1, "max_overflow": 0}
     storage: SQLAlchemyStorage = await open_storage(backend, engine_options=one)
     await storage.set_state(key, "waiting")
     async with anyio.create_task_group() as tasks:
@@ -661,9 +656,7 @@ async def test_a_call_that_is_cancelled_between_two_attempts_makes_no_other(
 async def test_a_cancellation_at_any_moment_leaves_all_or_nothing(
     backend: Backend, open_storage: Open, key: StorageKey
 ) -> None:
-    # Cancelled while it asks for TLS, asyncpg leaves an exception to asyncio's log.
-    plain = {"ssl": "disable"} if backend.driver == "asyncpg" else {}
-    options = {"poolclass": NullPool, "connect_args": plain}
+    options = {"poolclass": NullPool, "connect_args": backend.without_tls}
     storage = await open_storage(backend, engine_options=options)
     for turns in range(30):
         before = await storage.get_data(key)
@@ -690,7 +683,7 @@ async def test_many_cancellations_leave_the_pool_whole(
         engines.append(engine)
         return backend.factory(engine)
 
-    few = {"poolclass": pool_of(backend), "pool_size": 3, "max_overflow": 0, "pool_timeout": 1}
+    few = {"pool_size": 3, "max_overflow": 0, "pool_timeout": 1}
     storage = await open_storage(replace(backend, wrap=wrap), engine_options=few)
     chance = random.Random(backend.name)
     calls: list[Call] = [

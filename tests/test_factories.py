@@ -569,7 +569,7 @@ async def test_a_storage_made_of_a_url_passes_options_on_and_disposes_its_engine
 async def test_an_engine_of_the_application_outlives_the_storage(
     backend: Backend, url_of: Callable[[Backend], URL], key: StorageKey
 ) -> None:
-    engine = backend.engine(url_of(backend))
+    engine = backend.engine(url_of(backend), pool_size=5)
     storage = SQLAlchemyStorage(backend.factory(engine))
     await storage.create_table()
     pool: Any = engine.pool

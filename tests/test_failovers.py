@@ -369,6 +369,17 @@ async def test_a_pooler_that_has_no_transactions_does_not_pass(
     assert not is_transient(error), repr(error)
 
 
+def test_nor_does_it_in_the_words_of_an_older_psycopg() -> None:
+    """psycopg 3.1, and 3.2 at first, had no SQLSTATE for what came before the hang-up."""
+    said = "transaction blocks not allowed in statement pooling mode"
+    hung_up = "server closed the connection unexpectedly"
+    error = psycopg.OperationalError(f"consuming input failed: {said}\n{hung_up}")
+    assert error.sqlstate is None
+    assert not is_transient(DBAPIError("SELECT 1", {}, error, connection_invalidated=True))
+    error = psycopg.OperationalError(f"consuming input failed: {hung_up}")
+    assert is_transient(DBAPIError("SELECT 1", {}, error, connection_invalidated=True))
+
+
 @with_pgbouncer
 async def test_a_login_that_a_pooler_rejects_does_not_pass(
     backend: Backend, behind: Server

@@ -45,7 +45,7 @@ from alembic.migration import MigrationContext
 from alembic.operations import Operations
 from backends import MARIADB, POSTGRESQL, SERVERS, SQLITE, Backend
 from blocking import PATIENCE, give_way, statements, until
-from conftest import Open, dispose, engine_of
+from conftest import Open, checked_out, dispose, engine_of
 from isolation_worker import forego_the_disk
 from sqlalchemy import (
     URL,
@@ -148,9 +148,7 @@ class Side:
         """Check that nothing is held."""
         await self.isolation.close()
         assert await self.locks() == {}
-        pool: Any = self.engine.pool
-        if hasattr(pool, "checkedout"):  # a last renewal may be under way
-            await until(lambda: pool.checkedout() == 0)
+        await until(lambda: checked_out(self.engine) == 0)  # a last renewal may be under way
 
 
 Start: TypeAlias = Callable[..., Coroutine[Any, Any, Side]]
@@ -598,14 +596,13 @@ async def test_no_connection_is_held_while_handlers_run(
     backend: Backend, start: Start, options: dict[str, Any]
 ) -> None:
     side = await start(backend, engine_options=options)
-    pool: Any = side.engine.pool
     inside = 0
 
     async def hold(key: StorageKey) -> None:
         nonlocal inside
         async with side.isolation.lock(key):
             inside += 1
-            await until(lambda: inside == 6 and pool.checkedout() == 0)
+            await until(lambda: inside == 6 and checked_out(side.engine) == 0)
             await side.storage.set_state(key, "in")
             await side.storage.set_state(key, None)
 
@@ -613,7 +610,7 @@ async def test_no_connection_is_held_while_handlers_run(
         for key in keys(6):
             group.start_soon(hold, key)
 
-    assert pool.checkedout() == 0
+    assert checked_out(side.engine) == 0
 
 
 @one_backend_a_server
@@ -856,9 +853,7 @@ class Stuck:
             return await self._handler(isolation)
         finally:
             await isolation.close()
-            pool: Any = engine.pool
-            if hasattr(pool, "checkedout"):  # a last renewal may be under way
-                await until(lambda: pool.checkedout() == 0)
+            await until(lambda: checked_out(engine) == 0)  # a last renewal may be under way
             await dispose(engine)
 
     async def _handler(self, isolation: SQLAlchemyEventIsolation) -> str:

@@ -176,9 +176,10 @@ async def test_concurrent_clients_could_have_taken_turns(
     backend: Backend, open_storage: Open
 ) -> None:
     """Clients of one storage and of two, on engines of their own; one is opened anew each time."""
-    storage = await open_storage(backend)
+    options = {"connect_args": backend.without_tls}
+    storage = await open_storage(backend, engine_options=options)
     for seed in range(ROUNDS):
-        other = await open_storage(backend, table_name=storage.model)
+        other = await open_storage(backend, table_name=storage.model, engine_options=options)
         for history in await histories([storage, other], seed):
             assert is_linearizable(history), f"seed {seed}: {history}"
         await other.close()

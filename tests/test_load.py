@@ -14,18 +14,11 @@ from anyio import to_thread
 from backends import SERVERS, Backend
 from conftest import Open, engine_of, new_session, rows
 from sqlalchemy import select, text
-from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
 
 from hybrid_storage import SQLAlchemyStorage
 
 IMPATIENT = 1.0  # seconds that a call may wait in the pool
 CONVERSATIONS = 40
-
-
-def impatient_pool(backend: Backend, **options: Any) -> dict[str, Any]:
-    """Return an engine's options, by which whoever waits in the pool fails soon."""
-    pool = AsyncAdaptedQueuePool if backend.is_async else QueuePool
-    return {"poolclass": pool, "pool_timeout": IMPATIENT, **options}
 
 
 def key_of(n: int) -> StorageKey:
@@ -39,7 +32,7 @@ async def test_hundreds_of_calls_at_once(
 ) -> None:
     options = {} if size is None else {"pool_size": size, "max_overflow": 0}
     storage: SQLAlchemyStorage = await open_storage(
-        backend, engine_options=impatient_pool(backend, **options), retry_for=0
+        backend, engine_options={"pool_timeout": IMPATIENT, **options}, retry_for=0
     )
     fields = ["a", "b", "c", "d"]
     async with anyio.create_task_group() as calls:
@@ -63,7 +56,7 @@ async def test_handlers_that_hold_all_connections_are_served(
     size = 5
     storage: SQLAlchemyStorage = await open_storage(
         backend,
-        engine_options=impatient_pool(backend, pool_size=size, max_overflow=0),
+        engine_options={"pool_timeout": IMPATIENT, "pool_size": size, "max_overflow": 0},
         retry_for=0,
     )
     holding = anyio.Semaphore(size)

@@ -19,6 +19,7 @@ from aiogram.client.session.base import BaseSession
 from aiogram.fsm.storage.base import StorageKey
 from aiogram.methods import SendMessage, TelegramMethod
 from aiogram.types import Chat, Message, Update, User
+from conftest import checked_out
 from demo import CONVERSATION
 from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -174,7 +175,7 @@ def close_engines() -> None:
     engines = [each for each in gc.get_objects() if issubclass(type(each), Engine)]
     for engine in engines:
         if "shop.db" in str(engine.url) or "bot.db" in str(engine.url):
-            assert getattr(engine.pool, "checkedout")() == 0  # noqa: B009
+            assert checked_out(engine) == 0
             engine.dispose()
 
 

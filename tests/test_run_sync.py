@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from aiogram.fsm.storage.base import StorageKey
 from backends import SERVERS, Backend
-from conftest import Open, engine_of
+from conftest import Open, checked_out, engine_of
 from sqlalchemy.dialects import registry
 from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.ext.asyncio import AsyncEngine, async_scoped_session, async_sessionmaker
@@ -57,7 +57,7 @@ async def test_an_async_scoped_session_is_the_callers_in_run_sync(
         assert await storage.run_sync(lambda session: registered()) is mine
     await registered.remove()
     assert len(registered.registry.registry) == 0
-    assert getattr(engine.pool, "checkedout")() == 0  # noqa: B009
+    assert checked_out(engine) == 0
 
 
 class Counting(SQLiteDialect_pysqlite):

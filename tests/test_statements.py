@@ -27,16 +27,9 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
-from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
 from sqlalchemy.util import greenlet_spawn
 
 from hybrid_storage import FSMData, SQLAlchemyStorage
-
-
-def pool(backend: Backend, **options: Any) -> dict[str, Any]:
-    """Return an engine's options for a pool: aiosqlite had none by default."""
-    return {"poolclass": AsyncAdaptedQueuePool if backend.is_async else QueuePool, **options}
-
 
 on_every_driver = pytest.mark.parametrize("backend", SERVERS, ids=str)
 on_postgresql = pytest.mark.parametrize("backend", POSTGRESQL, ids=str)
@@ -201,7 +194,7 @@ async def test_a_transaction_that_a_listener_has_begun_is_committed(
 async def test_a_pool_that_resets_nothing_gets_no_open_transaction(
     backend: Backend, open_storage: Open, key: StorageKey
 ) -> None:
-    options = pool(backend, pool_reset_on_return=None, pool_size=2, max_overflow=0)
+    options = {"pool_reset_on_return": None, "pool_size": 2, "max_overflow": 0}
     storage = await open_storage(backend, engine_options=options)
     other = await open_storage(backend, table_name=storage.table.name)
     await storage.set_state(key, "Form:name")
@@ -313,7 +306,7 @@ async def test_an_engine_may_be_disposed_while_calls_run(
 async def test_a_connection_beyond_the_pool_that_cannot_be_opened_is_tried_again(
     backend: Backend, open_storage: Open, key: StorageKey
 ) -> None:
-    options = pool(backend, pool_size=1, max_overflow=0)
+    options = {"pool_size": 1, "max_overflow": 0}
     storage = await open_storage(backend, engine_options=options)
     await storage.set_state(key, "Form:name")
     engine = engine_of(storage)
@@ -357,7 +350,7 @@ async def test_connections_that_the_server_closed_are_replaced(
 async def test_connections_beyond_the_pools_size_are_closed_again(
     backend: Backend, open_storage: Open, key: StorageKey
 ) -> None:
-    storage = await open_storage(backend, engine_options=pool(backend, pool_size=1, max_overflow=4))
+    storage = await open_storage(backend, engine_options={"pool_size": 1, "max_overflow": 4})
     for _ in range(5):
         async with anyio.create_task_group() as calls:
             for number in range(12):

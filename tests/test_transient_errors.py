@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import anyio
+import asyncpg
 import pytest
 from aiogram.fsm.storage.base import StorageKey
 from anyio import to_thread
@@ -381,6 +382,13 @@ async def error_of(trouble: Trouble, lab: Lab) -> Exception:
 async def test_an_error_that_passes_is_transient(lab: Lab, trouble: Trouble) -> None:
     error = await error_of(trouble, lab)
     assert is_transient(error), repr(error)
+
+
+def test_what_asyncpg_says_between_the_end_of_a_session_and_the_hang_up_is_transient() -> None:
+    """Not wrapped by older releases of SQLAlchemy."""
+    said = "cannot switch to state {}; another operation ({}) is in progress"
+    assert is_transient(asyncpg.InternalClientError(said.format(11, 2)))
+    assert not is_transient(asyncpg.InternalClientError(said.format(11, 12)))  # used by two tasks
 
 
 # What does not pass

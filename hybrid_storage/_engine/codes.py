@@ -73,6 +73,8 @@ _SETTINGS_OF_PGBOUNCER = re.compile(
     r"|(SSL|TLS connection|certificate) required|statement pooling mode"
 )
 LASTING_TEXTS_OF_STATES: dict[str, re.Pattern[str]] = {
+    # Without a state: of psycopg 3.1 and the first 3.2, for what came before the hang-up.
+    "": re.compile("statement pooling mode"),
     "08P01": _SETTINGS_OF_PGBOUNCER,
     "08003": _SETTINGS_OF_PGBOUNCER,  # of asyncpg, which repeats what came before the hang-up
 }

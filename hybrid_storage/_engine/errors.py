@@ -61,6 +61,10 @@ _NOT_YET = re.compile(
 )
 _OF_THE_SERVER = ":  "  # libpq writes two blanks after the severity, in every language
 
+# Of asyncpg, between the server's word that it ends the connection and the end itself: it sends
+# nothing then. SQLAlchemy 2.0.24 does not wrap it.
+_HANGING_UP = re.compile(r"cannot switch to state \d+; another operation \(2\) is in progress")
+
 
 def is_missing_table(error: BaseException) -> bool:
     """Tell whether a statement failed because its table is not there."""
@@ -114,9 +118,11 @@ def is_transient(error: BaseException) -> bool:
     if isinstance(error, DBAPIError):
         return error.connection_invalidated or _is_transient_answer(error)
     # What asyncpg raises while it connects is not wrapped.
-    return isinstance(
-        error, (OSError, asyncio.TimeoutError, PoolTimeoutError)
-    ) or _is_transient_answer_of_postgresql(error)
+    return (
+        isinstance(error, (OSError, asyncio.TimeoutError, PoolTimeoutError))
+        or _is_transient_answer_of_postgresql(error)
+        or bool(_HANGING_UP.search(str(error)))
+    )
 
 
 def in_short(error: BaseException) -> str:
