@@ -84,7 +84,8 @@ class Scope:
         # Whether the session is the application's, which commits when it likes.
         self.is_borrowed: bool = parent is None or parent.is_borrowed
         self._is_closed = asyncio.Event()
-        self._why_over: str | None = None
+        self._was_cancelled = False
+        self._is_over = False  # for that reason, or because the server has rolled back
         self._nested: Scope | None = None
         self._meanwhile: list[Callable[[Session, Interrupter], object]] = []
         self._is_occupied = False
@@ -186,8 +187,8 @@ class Scope:
 
         :raises PendingRollbackError: if it may be
         """
-        if self._root._why_over is not None:
-            raise PendingRollbackError(self._root._why_over)
+        if self._root._is_over:
+            raise PendingRollbackError(_WAS_CANCELLED if self._root._was_cancelled else _IS_GONE)
 
     @contextmanager
     def rolling_back(self, error: BaseException) -> Iterator[None]:
@@ -199,7 +200,7 @@ class Scope:
             yield
         except DBAPIError as gone:
             if is_missing_savepoint(gone):
-                self._root._why_over = _IS_GONE
+                self._root._is_over = True
                 if has_rolled_back(error):
                     return
             raise
@@ -222,7 +223,7 @@ class Scope:
                     await inner.close()
                     with self.rolling_back(error):
                         await carry_to_completion(self.session, partial(end, False))
-                    if self._meanwhile and self._root._why_over is None:
+                    if self._meanwhile and not self._root._is_over:
                         await carry_to_completion(self.session, self._repeat)
                     raise
                 await inner.close()
@@ -255,7 +256,7 @@ class Scope:
             try:
                 return await carry(self.session, bind, partial(self._root._in_order, work))
             except asyncio.CancelledError:
-                self._root._why_over = _WAS_CANCELLED
+                self._root._was_cancelled = self._root._is_over = True
                 if self.is_borrowed and isinstance(self.session, Session):
                     # PostgreSQL would take its owner's COMMIT, and roll back without a word.
                     await carry_to_completion(self.session, _invalidate)

@@ -67,7 +67,7 @@ class TransactionScope(Scope):
 
         :raises PendingRollbackError: if a call was cancelled and the block went on all the same
         """
-        commits = succeeded and self._why_over is None
+        commits = succeeded and not self._is_over
         await carry_to_completion(self.session, partial(self._end, commits=commits))
         if succeeded:
             self.raise_if_over()
@@ -118,7 +118,7 @@ class TransactionScope(Scope):
                 elif is_missing_savepoint(error):
                     error.add_detail(_ENDED_BELOW)
                 # Errors about savepoints that are gone must not take a cancellation's place.
-                if self._why_over is None:
+                if not self._is_over:
                     raise
 
     def _own_connection(self, session: Session) -> Connection | None:
