@@ -118,7 +118,7 @@ class Transactions(Generic[S]):
                 yield
         finally:
             self.units.forget()
-        scope.raise_if_cancelled()
+        scope.raise_if_over()
 
     async def run_sync(
         self, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs
@@ -215,12 +215,13 @@ class Transactions(Generic[S]):
 
     @asynccontextmanager
     async def _ending(self, scope: TransactionScope) -> AsyncIterator[None]:
-        succeeded = False
         try:
             yield
-            succeeded = True
-        finally:
-            await scope.end(succeeded)
+        except BaseException as error:
+            with scope.rolling_back(error):
+                await scope.end(False)
+            raise
+        await scope.end(True)
 
 
 def _check_call(

@@ -9,7 +9,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -30,10 +30,11 @@ from blocking import (
 )
 from conftest import Open, drop_table, engine_of, rows
 from sqlalchemy import URL, Delete, Insert, Update, create_engine, event, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 from sqlalchemy.pool import NullPool, Pool, StaticPool
+from units import outside
 
 from hybrid_storage import FSMData, SQLAlchemyStorage
 
@@ -714,6 +715,47 @@ async def test_an_update_in_a_callers_older_snapshot_fails_where_the_database_sa
         with pytest.raises(DBAPIError, match=r"could not serialize|1020, .Record has"):
             await caller.call("update_data", key, {"caller": 3})
     assert await storage.get_data(key) == {"old": 1, "newer": 2}
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("backend", MARIADB if IS_MARIADB else [], ids=str)
+async def test_a_transaction_that_the_server_has_rolled_back_says_why_and_commits_nothing(
+    backend: Backend, open_storage: Open, key: StorageKey, depth: int
+) -> None:
+    options = {"connect_args": {"init_command": SNAPSHOT_ISOLATION.format("ON")}}
+    storage = await open_storage(backend, engine_options=options)
+    overtaken = pytest.raises(DBAPIError, match=r"1020, .Record has changed")
+
+    async def fail() -> None:
+        async with AsyncExitStack() as stack:
+            for _ in range(depth):
+                await stack.enter_async_context(storage.transaction())
+            await storage.set_state(key, "overtaken")
+
+    async def transact(*, goes_on: bool) -> None:
+        async with storage.transaction():
+            await storage.set_state(replace(key, user_id=8), "before")
+            assert await storage.get_state(key) is None  # a snapshot
+            await outside(storage.set_data(key, {"newer": goes_on}))
+            if goes_on:
+                with overtaken:
+                    await fail()
+                # By then, MariaDB has begun another transaction.
+                await storage.set_state(replace(key, user_id=9), "after")
+            else:
+                await fail()
+
+    await storage.set_data(key, {"old": 1})
+    with overtaken:  # the error by which a transaction is known to be worth another attempt
+        await transact(goes_on=False)
+    if depth:
+        with pytest.raises(PendingRollbackError, match="run all of it again"):
+            await transact(goes_on=True)
+    else:
+        with pytest.raises(DBAPIError, match="error 1020, rolls it back: run it again"):
+            await transact(goes_on=True)
+    for user in (8, 9):
+        assert await storage.get_state(replace(key, user_id=user)) is None
 
 
 LEVELS = [

@@ -17,6 +17,7 @@ from conftest import Open, new_session
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
+from units import outside
 
 from hybrid_storage import SQLAlchemyStorage, transactions
 from hybrid_storage._engine import scopes, slots
@@ -124,6 +125,30 @@ async def test_a_child_that_waits_for_its_parents_row_is_told_so(
     assert await storage.get_state(key) == "parent"
     # The pool's connections wait for locks as long as before.
     await asyncio.gather(*(storage.update_data(key, {str(n): n}) for n in range(10)))
+
+
+@pytest.mark.parametrize("backend", MARIADB, ids=str)
+async def test_a_childs_connection_waits_as_ever_after_a_transaction_that_the_server_has_ended(
+    backend: Backend, open_storage: Open, key: StorageKey
+) -> None:
+    storage = await open_storage(backend, engine_options={"pool_size": 2, "max_overflow": 0})
+
+    def end(session: Session) -> None:
+        session.execute(text("COMMIT"))
+
+    def seconds(session: Session) -> Any:
+        return session.execute(text("SELECT @@innodb_lock_wait_timeout")).scalar_one()
+
+    async def child() -> None:
+        async with storage.transaction():
+            assert await storage.run_sync(seconds) == slots.PARENT_WAIT
+            await storage.run_sync(end)
+
+    before = await storage.run_sync(seconds)
+    async with storage.transaction():
+        with pytest.raises(DBAPIError, match="the transaction has ended before its block"):
+            await asyncio.create_task(child())
+        assert await outside(storage.run_sync(seconds)) == before
 
 
 @pytest.mark.parametrize("backend", SQLITE, ids=str)

@@ -17,11 +17,17 @@ from aiogram.fsm.storage.base import KeyBuilder, StorageKey
 from backends import HAS_SNAPSHOT_ISOLATION, MARIADB, POSTGRESQL, SQLITE, Backend
 from blocking import PATIENCE, until
 from conftest import Open, dispose, engine_of, new_session
-from sqlalchemy import event, text
+from sqlalchemy import event, text, update
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from units import ANOTHER, BEFORE, HISTORY, KEY, LEASES, Bot, outside, running
 
-from hybrid_storage import CorruptDataError, FlushMiddleware, SQLAlchemyStorage, isolation
+from hybrid_storage import (
+    CorruptDataError,
+    FlushMiddleware,
+    LockLostError,
+    SQLAlchemyStorage,
+    isolation,
+)
 
 NOT_SQLITE = pytest.mark.parametrize("backend", [*POSTGRESQL, *MARIADB], ids=str)
 
@@ -116,21 +122,54 @@ async def test_what_a_function_writes_is_seen_beside_what_was_collected(bot: Bot
     assert await bot.stored() == ("Form:name", expected)
 
 
-async def test_a_lock_in_a_transaction_sees_what_that_has_written(
-    bot: Bot, backend: Backend, request: pytest.FixtureRequest
+async def test_a_lock_in_a_transaction_sees_what_that_has_written(bot: Bot) -> None:
+    async with bot.storage.transaction():
+        await bot.storage.update_data(KEY, {"before": 1})
+        async with bot.update():
+            assert await bot.storage.get_data(KEY) == {**BEFORE[1], "before": 1}
+            await bot.storage.set_data(KEY, {"before": 1, "inside": 2})
+    assert await bot.stored() == ("Form:name", {"before": 1, "inside": 2})
+    await bot.assert_free()
+
+
+@NOT_SQLITE
+async def test_a_transaction_older_than_a_lock_that_was_lost_is_rolled_back(
+    backend: Backend, open_storage: Open
 ) -> None:
-    # There, the lock's row has changed since the transaction began, and nothing is written.
-    has_lease = "lease" in request.node.name
-    is_ended = HAS_SNAPSHOT_ISOLATION and backend.server == "mariadb" and has_lease
-    ended = pytest.raises(DBAPIError, match="the transaction has ended before its block")
-    with ended if is_ended else nullcontext():
-        async with bot.storage.transaction():
-            await bot.storage.update_data(KEY, {"before": 1})
-            async with bot.update():
-                assert await bot.storage.get_data(KEY) == {**BEFORE[1], "before": 1}
-                await bot.storage.set_data(KEY, {"before": 1, "inside": 2})
-    expected = BEFORE if is_ended else ("Form:name", {"before": 1, "inside": 2})
-    assert await bot.stored() == expected
+    async with running(await open_storage(backend), 30.0) as bot:
+        locks = bot.storage.metadata.tables[f"{bot.storage.table.name}_lock"]
+        taken_over = update(locks).values(owner="another", version=locks.c.version + 1)
+
+        async def overtaken() -> None:
+            async with bot.storage.transaction():
+                await bot.storage.update_data(ANOTHER, {"older": True})
+                async with bot.update():
+                    await bot.storage.set_state(KEY, "overtaken")
+                    await outside(bot.storage.run_sync(lambda session: session.execute(taken_over)))
+
+        with pytest.raises(LockLostError, match="'42:7:7' was lost"):
+            await overtaken()
+        assert await bot.stored() == BEFORE
+        assert await bot.stored(ANOTHER) == (None, {})
+
+
+@pytest.mark.parametrize("backend", MARIADB if HAS_SNAPSHOT_ISOLATION else [], ids=str)
+async def test_a_transaction_older_than_a_lock_is_told_what_has_changed_besides(
+    backend: Backend, open_storage: Open
+) -> None:
+    async with running(await open_storage(backend), 30.0) as bot:
+
+        async def overtaken() -> None:
+            async with bot.storage.transaction():
+                assert await bot.storage.get_state(ANOTHER) is None  # a snapshot
+                await bot.meanwhile("update_data", {"newer": True})
+                async with bot.update():
+                    await bot.storage.set_state(KEY, "overtaken")
+
+        with pytest.raises(DBAPIError, match=r"1020, .Record has changed"):
+            await overtaken()
+        assert await bot.stored() == ("Form:name", {**BEFORE[1], "newer": True})
+        await bot.assert_free()
 
 
 async def test_a_destiny_that_the_database_refuses_is_refused_once(bot: Bot) -> None:

@@ -122,7 +122,8 @@ def count_up(session: Session, table: Table, key: StorageKey) -> None:
 
 def is_serialization_failure(error: DBAPIError) -> bool:
     """Tell whether the transaction is to be begun anew."""
-    return getattr(error.orig, "sqlstate", None) == "40001"
+    number = next(iter(getattr(error.orig, "args", ())), None)
+    return getattr(error.orig, "sqlstate", None) == "40001" or number == 1020  # MariaDB 11.6
 
 
 class Updates(logging.Handler):

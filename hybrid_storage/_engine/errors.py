@@ -39,6 +39,7 @@ _MISSING_COLUMN_IN_SQLITE = re.compile(r"no such column|table .* has no column")
 _LOCK_TIMEOUT: _Codes = frozenset({"55P03", 1205})
 # OC: Aurora DSQL. 1020: MariaDB with innodb_snapshot_isolation, the default since 11.6.
 _SERIALIZATION_FAILURE: _Codes = frozenset({"40001", "OC000", "OC001", 1020})
+_ROLLS_BACK: _Codes = frozenset({1020, 1205, 1213})  # 1205: with innodb_rollback_on_timeout
 _NO_SAVEPOINT: _Codes = frozenset({"3B001", "25P01", 1305})  # 1305: also for a function
 _NO_SAVEPOINT_IN_SQLITE = re.compile(r"no such savepoint")
 
@@ -97,6 +98,15 @@ def is_lock_timeout(error: DBAPIError) -> bool:
 def is_serialization_failure(error: DBAPIError) -> bool:
     """Tell whether the isolation level wants the transaction to be done once more."""
     return _sqlstate(error) in _SERIALIZATION_FAILURE or _number(error) in _SERIALIZATION_FAILURE
+
+
+def has_rolled_back(error: BaseException | None) -> bool:
+    """Tell whether MariaDB or MySQL has rolled the whole transaction back, savepoints included."""
+    while error is not None:
+        if isinstance(error, DBAPIError) and _number(error) in _ROLLS_BACK:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def is_missing_savepoint(error: DBAPIError) -> bool:

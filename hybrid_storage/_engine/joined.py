@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
@@ -19,7 +19,7 @@ from sqlalchemy.dialects.mysql.base import MySQLDialect
 from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.engine import Transaction, TwoPhaseTransaction
-from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.orm import Session, SessionTransaction
 
 from .factories import synchronous
@@ -81,6 +81,10 @@ class JoinedConnections:
             for name in _STATEMENTS:
                 event.listen(connection, name, self.refuse)
         return connection
+
+    def limit_waits(self, connection: Connection, seconds: float) -> None:
+        """Have the server end each wait for a lock: it sees no deadlock with a task that waits."""
+        self._stack.enter_context(_lock_timeout(connection, seconds))
 
     def _begun(self, connection: Connection) -> Transaction:
         if connection.in_transaction():  # of a test suite's, which will roll it back
@@ -243,8 +247,7 @@ def begin_for_real(connection: Connection) -> None:
 
 
 @contextmanager
-def lock_timeout(connection: Connection, seconds: float) -> Iterator[None]:
-    """Have the server end each wait for a lock: it sees no deadlock with a task that waits."""
+def _lock_timeout(connection: Connection, seconds: float) -> Iterator[None]:
     if isinstance(connection.dialect, PGDialect):
         connection.exec_driver_sql(f"SET LOCAL lock_timeout = {round(1000 * seconds)}")
         yield
@@ -255,7 +258,10 @@ def lock_timeout(connection: Connection, seconds: float) -> Iterator[None]:
         try:
             yield
         finally:
-            if not connection.invalidated:
-                connection.exec_driver_sql(f"{variable} = {former}")
+            # After the commit, or the rollback, before which it might be refused. So an error would
+            # tell of no transaction that has failed; the pool gives no lost connection out again.
+            with suppress(DBAPIError):
+                if not connection.invalidated:
+                    connection.exec_driver_sql(f"{variable} = {former}")
     else:
         yield

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from anyio import Lock, move_on_after
 from sqlalchemy import Connection
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
-from sqlalchemy.exc import PendingRollbackError, ResourceClosedError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, PendingRollbackError, ResourceClosedError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from .calls import Call
 from .cancellation import Interrupter, run_to_completion
+from .errors import has_rolled_back, is_missing_savepoint
 from .factories import Registry, synchronous
 from .joined import JoinedSession, begin_for_real
 from .runner import Runner, carry, carry_to_completion
@@ -40,6 +41,14 @@ _ENDED_INSIDE = (
     "a function has committed or rolled back your session inside a nested transaction(), and with "
     "it all that came before: in place of using(session), open `storage.transaction()`, where the "
     "commit of such a function is a savepoint"
+)
+_WAS_CANCELLED = (
+    "a call in this transaction was cancelled, so the transaction cannot go on: let the "
+    "cancellation or the time-out leave the block, or roll back and begin again"
+)
+_IS_GONE = (
+    "the server has ended this transaction inside a nested transaction(), so the outer one cannot "
+    "go on: let the error leave both blocks, and run all of it again"
 )
 
 
@@ -76,6 +85,7 @@ class Scope:
         self.is_borrowed: bool = parent is None or parent.is_borrowed
         self._is_closed = asyncio.Event()
         self._was_cancelled = False
+        self._is_over = False  # for that reason, or because the server has rolled back
         self._nested: Scope | None = None
         self._meanwhile: list[Callable[[Session, Interrupter], object]] = []
         self._is_occupied = False
@@ -172,16 +182,28 @@ class Scope:
         await self._root._is_closed.wait()
         await parents_are_over(pool_state(self._root._bind_of(self.runner.bind_arguments)))
 
-    def raise_if_cancelled(self) -> None:
-        """Refuse to go on after a cancelled call, which may have undone what was before it.
+    def raise_if_over(self) -> None:
+        """Refuse to go on where what was before may be undone: after a cancelled call, too.
 
-        :raises PendingRollbackError: if a call was cancelled
+        :raises PendingRollbackError: if it may be
         """
-        if self._root._was_cancelled:
-            raise PendingRollbackError(
-                "a call in this transaction was cancelled, so the transaction cannot go on: let "
-                "the cancellation or the time-out leave the block, or roll back and begin again"
-            )
+        if self._root._is_over:
+            raise PendingRollbackError(_WAS_CANCELLED if self._root._was_cancelled else _IS_GONE)
+
+    @contextmanager
+    def rolling_back(self, error: BaseException) -> Iterator[None]:
+        """Raise the error for which a block is undone, and not that the server was first.
+
+        Whoever runs transactions again goes by that error. What else takes savepoints away commits.
+        """
+        try:
+            yield
+        except DBAPIError as gone:
+            if is_missing_savepoint(gone):
+                self._root._is_over = True
+                if has_rolled_back(error):
+                    return
+            raise
 
     @asynccontextmanager
     async def savepoint(self) -> AsyncIterator[Scope]:
@@ -197,14 +219,15 @@ class Scope:
                 end = await inner._carry(self._root._begin_savepoint, None)
                 try:
                     yield inner
-                except BaseException:
+                except BaseException as error:
                     await inner.close()
-                    await carry_to_completion(self.session, partial(end, False))
-                    if self._meanwhile and not self._root._was_cancelled:
+                    with self.rolling_back(error):
+                        await carry_to_completion(self.session, partial(end, False))
+                    if self._meanwhile and not self._root._is_over:
                         await carry_to_completion(self.session, self._repeat)
                     raise
                 await inner.close()
-                self.raise_if_cancelled()
+                self.raise_if_over()
                 await carry_to_completion(self.session, partial(end, True))
             finally:
                 self._nested, inner.is_open = None, False
@@ -229,11 +252,11 @@ class Scope:
 
     async def _carry(self, work: Callable[[Session, Interrupter], T], bind: Bind | None) -> T:
         async with self._turn():
-            self.raise_if_cancelled()
+            self.raise_if_over()
             try:
                 return await carry(self.session, bind, partial(self._root._in_order, work))
             except asyncio.CancelledError:
-                self._root._was_cancelled = True
+                self._root._was_cancelled = self._root._is_over = True
                 if self.is_borrowed and isinstance(self.session, Session):
                     # PostgreSQL would take its owner's COMMIT, and roll back without a word.
                     await carry_to_completion(self.session, _invalidate)

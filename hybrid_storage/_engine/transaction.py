@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,7 +15,7 @@ from .calls import leave_wrong_server
 from .cancellation import Interrupter
 from .errors import is_lock_timeout, is_missing_savepoint, is_of_the_wrong_server
 from .factories import Registry
-from .joined import JoinedSession, lock_timeout
+from .joined import JoinedSession
 from .runner import Connect, Runner, carry_to_completion, connected
 from .scopes import Scope
 from .slots import WAITS_FOR_PARENT, Bind, exclusive
@@ -27,9 +27,10 @@ T = TypeVar("T")
 
 _ENDED_BELOW = (
     "the transaction has ended before its block: MariaDB and MySQL commit it where a statement "
-    "defines something (CREATE, ALTER, DROP, TRUNCATE), and what came before stays; a deadlock "
-    "rolls it back; a COMMIT or ROLLBACK sent as text ends it, too; an engine with the isolation "
-    "level AUTOCOMMIT has none. Create tables outside of transaction()"
+    "defines something (CREATE, ALTER, DROP, TRUNCATE), and what came before stays; a deadlock, or "
+    "MariaDB's error 1020, rolls it back: run it again; a COMMIT or ROLLBACK sent as text ends it, "
+    "too; an engine with the isolation level AUTOCOMMIT has none. Create tables outside of "
+    "transaction()"
 )
 
 
@@ -55,7 +56,6 @@ class TransactionScope(Scope):
         self._connect = connect
         self._lock_timeout = lock_timeout
         self._connection: Connection | None = None
-        self._timeout = ExitStack()
         self._wrong_server: DBAPIError | None = None  # its answer
 
     async def begin(self) -> None:
@@ -67,16 +67,16 @@ class TransactionScope(Scope):
 
         :raises PendingRollbackError: if a call was cancelled and the block went on all the same
         """
-        commits = succeeded and not self._was_cancelled
+        commits = succeeded and not self._is_over
         await carry_to_completion(self.session, partial(self._end, commits=commits))
         if succeeded:
-            self.raise_if_cancelled()
+            self.raise_if_over()
 
     def _begin(self) -> None:
         if self._connection is None:
             self._connection = self._side.joined.connection(self._bind, self._connect)
             if self._lock_timeout is not None:
-                self._timeout.enter_context(lock_timeout(self._connection, self._lock_timeout))
+                self._side.joined.limit_waits(self._connection, self._lock_timeout)
         if not self._side.autobegin and not self._side.in_transaction():
             self._side.begin()
 
@@ -94,7 +94,6 @@ class TransactionScope(Scope):
                     # Two tasks may have used the session at a time: that is the error to see.
                     with nullcontext() if commits else suppress(IllegalStateChangeError):
                         session.close()
-                    self._timeout.close()
                 finally:
                     # Not before: the application may have said READ ONLY, and go on at a savepoint.
                     if self._wrong_server and self._connection and not committed:
@@ -119,7 +118,7 @@ class TransactionScope(Scope):
                 elif is_missing_savepoint(error):
                     error.add_detail(_ENDED_BELOW)
                 # Errors about savepoints that are gone must not take a cancellation's place.
-                if not self._was_cancelled:
+                if not self._is_over:
                     raise
 
     def _own_connection(self, session: Session) -> Connection | None:

@@ -20,6 +20,7 @@ from sqlalchemy import Connection, Dialect, Table
 from sqlalchemy.dialects.mysql import insert as mysql_insert
 from sqlalchemy.dialects.mysql.base import MySQLDialect
 from sqlalchemy.dialects.postgresql.base import PGDialect
+from sqlalchemy.ext.compiler import compiles
 
 from .changes import Texts
 from .clock import now
@@ -186,6 +187,20 @@ class Leases:
         return len(rows)
 
 
+class _LatestUpdate(sa.Update):
+    """An update of the latest row, though the transaction may have a snapshot that is older."""
+
+    inherit_cache = True
+
+
+@compiles(_LatestUpdate, "mysql", "mariadb")
+def _latest(update: _LatestUpdate, compiler: Any, **options: Any) -> str:
+    # MariaDB 11.6.2 would roll back a transaction of the application's that has read before the
+    # lock was taken. What else that writes is checked still. A comment to all other servers.
+    text: str = compiler.visit_update(update, **options)
+    return f"/*M!110602 SET STATEMENT innodb_snapshot_isolation=OFF FOR */ {text}"
+
+
 class _Dialect:
     """What differs from one kind of database to another."""
 
@@ -253,7 +268,8 @@ class _Dialect:
             self.select_unlocked = unlocked.with_hint(table, "FORCE INDEX (PRIMARY)")
         this_version = sa.and_(leases.this, columns.version == sa.bindparam("_version"))
         freed = {"owner": NOBODY, "expires": clock, "version": columns.version + 1}
-        self.renew_fenced = leases.update.where(this_version).values(expires=values["expires"])
+        self.renew_fenced = _LatestUpdate(table).where(this_version)
+        self.renew_fenced = self.renew_fenced.values(expires=values["expires"])
         self.release = leases.update.where(leases.this).values(freed)
         self.free_fenced = leases.update.where(this_version).values(freed)
         self.free_unlocked = self.free_fenced
