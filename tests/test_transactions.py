@@ -24,8 +24,8 @@ from backends import FORKED, SERVERS, SQLITE, Backend
 from blocking import locked
 from conftest import Open, engine_of, new_session, rows
 from process_worker import order_and_die
-from sqlalchemy import MetaData, String, event, select, text
-from sqlalchemy.exc import PendingRollbackError
+from sqlalchemy import MetaData, String, event, insert, select, text
+from sqlalchemy.exc import IntegrityError, PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import (
     Mapped,
@@ -235,6 +235,30 @@ async def test_a_nested_transaction_is_a_savepoint(shop: Shop, key: StorageKey) 
         async with shop.storage.transaction():
             session.add(shop.Order(product="cake"))
         await shop.storage.set_state(key, "refused")
+    assert await shop.orders() == ["cake"]
+    assert await shop.state(key) == "refused"
+
+
+@pytest.mark.parametrize("joins", [False, True], ids=["transaction", "using"])
+async def test_a_nested_transaction_whose_own_end_fails_is_undone_and_the_outer_one_goes_on(
+    shop: Shop, key: StorageKey, joins: bool
+) -> None:
+    storage, order = shop.storage, shop.Order
+
+    def sell_twice(session: Session) -> None:
+        session.execute(insert(order).values(product="tea"))
+        session.add(order(product="tea"))  # refused when it is flushed
+
+    async with a_session(storage) as session:
+        async with storage.using(session) if joins else storage.transaction():
+            await storage.run_sync(lambda session: session.add(order(product="cake")))
+            with pytest.raises(IntegrityError):
+                async with storage.transaction():
+                    await storage.set_state(key, "paid")
+                    await storage.run_sync(sell_twice)
+            assert await storage.get_state(key) is None
+            await storage.set_state(key, "refused")
+        await _(session.commit())
     assert await shop.orders() == ["cake"]
     assert await shop.state(key) == "refused"
 

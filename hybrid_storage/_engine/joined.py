@@ -111,9 +111,15 @@ class JoinedConnections:
 
     def end_savepoint(self, *, commits: bool) -> None:
         """Keep or undo what has been done since the last savepoint."""
-        for savepoint in reversed(self._savepoints.pop()):
-            if savepoint.is_active:
-                savepoint.commit() if commits else savepoint.rollback()
+        savepoints = self._savepoints.pop()
+        try:
+            for savepoint in reversed(savepoints):
+                if savepoint.is_active:
+                    savepoint.commit() if commits else savepoint.rollback()
+        except BaseException:
+            if commits:  # they will be undone
+                self._savepoints.append(savepoints)
+            raise
 
     def end(self, *, commits: bool) -> None:
         """Commit or roll back on all connections, and give them back."""

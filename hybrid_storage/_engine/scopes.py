@@ -221,14 +221,15 @@ class Scope:
                     yield inner
                 except BaseException as error:
                     await inner.close()
-                    with self.rolling_back(error):
-                        await carry_to_completion(self.session, partial(end, False))
-                    if self._meanwhile and not self._root._is_over:
-                        await carry_to_completion(self.session, self._repeat)
+                    await self._undo(end, error)
                     raise
                 await inner.close()
                 self.raise_if_over()
-                await carry_to_completion(self.session, partial(end, True))
+                try:
+                    await carry_to_completion(self.session, partial(end, True))
+                except Exception as error:  # of a flush, say; cancelled, it has been released
+                    await self._undo(end, error)
+                    raise
             finally:
                 self._nested, inner.is_open = None, False
 
@@ -245,6 +246,12 @@ class Scope:
                 raise ResourceClosedError(_ENDED_INSIDE) from error
 
         return end
+
+    async def _undo(self, end: Callable[[bool, Session], object], error: BaseException) -> None:
+        with self.rolling_back(error):
+            await carry_to_completion(self.session, partial(end, False))
+        if self._meanwhile and not self._root._is_over:
+            await carry_to_completion(self.session, self._repeat)
 
     def _repeat(self, _: Session) -> None:
         for work in self._meanwhile:
