@@ -8,8 +8,9 @@ import gc
 import inspect
 import re
 import warnings
+from collections.abc import Iterator
 from datetime import datetime, timezone
-from itertools import chain, cycle
+from itertools import chain, cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,23 @@ def test_the_round_trips_of_the_readme_are_those_measured() -> None:
     ours, redis, replaced = (round(int(found[0]) / 5) for found in trips)
     line = f"| round trips of that update, lock included | {ours} | {redis} | {replaced}, without"
     assert line in README
+
+
+def test_the_figures_of_the_page_on_why_are_those_measured() -> None:
+    tables = [(ROOT / "docs" / page).read_text() for page in ("performance.md", "concepts/why.md")]
+    measured, copied = ({row[0]: row[1:] for row in rows_of(table)} for table in tables)
+    columns = measured[""]
+    for bot, users in product(("form", "scene"), (1, 16, 64)):
+        row = copied[f"{bot}, {users} user{'s' * (users > 1)}"]
+        all_of_bot = dict(zip(columns, measured[f"{bot} bot: hybrid asyncpg, lease"], strict=True))
+        assert row == [all_of_bot[f"{delay} ms, {users}"] for delay in (0, 1, 5)]
+
+
+def rows_of(page: str) -> Iterator[list[str]]:
+    """Yield the cells of each line of a page's tables."""
+    for line in page.splitlines():
+        if line.startswith("|"):
+            yield [cell.strip() for cell in line.strip("|").split("|")]
 
 
 async def test_the_examples_of_the_transactions_page_run(
