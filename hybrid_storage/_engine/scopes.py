@@ -248,14 +248,14 @@ class Scope:
         return end
 
     async def _undo(self, end: Callable[[bool, Session], object], error: BaseException) -> None:
-        with self.rolling_back(error):
-            await carry_to_completion(self.session, partial(end, False))
-        if self._meanwhile and not self._root._is_over:
-            await carry_to_completion(self.session, self._repeat)
+        def undo(session: Session) -> None:
+            end(False, session)
+            if not self._root._is_over:
+                for work in self._meanwhile:
+                    self._root._in_order(work, Interrupter())
 
-    def _repeat(self, _: Session) -> None:
-        for work in self._meanwhile:
-            self._root._in_order(work, Interrupter())
+        with self.rolling_back(error):
+            await carry_to_completion(self.session, undo)
 
     async def _carry(self, work: Callable[[Session, Interrupter], T], bind: Bind | None) -> T:
         async with self._turn():
