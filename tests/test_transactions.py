@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -261,6 +262,35 @@ async def test_a_nested_transaction_whose_own_end_fails_is_undone_and_the_outer_
         await _(session.commit())
     assert await shop.orders() == ["cake"]
     assert await shop.state(key) == "refused"
+
+
+@pytest.mark.parametrize("joins", [False, True], ids=["transaction", "using"])
+@pytest.mark.parametrize("fails", [False, True], ids=["ends", "fails"])
+async def test_a_transaction_does_not_go_on_after_a_nested_one_whose_end_was_cancelled(
+    shop: Shop, key: StorageKey, joins: bool, fails: bool
+) -> None:
+    """Whoever catches that takes all of it for undone: the conversation, but not the order."""
+    storage, order = shop.storage, shop.Order
+    loop = asyncio.get_running_loop()
+
+    async with a_session(storage) as session:
+        with pytest.raises(PendingRollbackError, match="was cancelled"):
+            async with storage.using(session) if joins else storage.transaction():
+                await storage.set_state(key, "outer")
+                with anyio.CancelScope() as scope:
+
+                    def sell(session: Session) -> None:
+                        session.execute(insert(order).values(product="cake"))
+                        session.add(order(product="cake" if fails else "tea"))
+                        cancel = lambda *_: loop.call_soon_threadsafe(scope.cancel)  # noqa: E731
+                        event.listen(session, "before_flush", cancel, once=True)
+                        event.listen(session, "before_flush", lambda *_: time.sleep(0.02))
+
+                    async with storage.transaction():
+                        await storage.run_sync(sell)
+                assert scope.cancelled_caught
+    assert await shop.orders() == []
+    assert await shop.state(key) is None
 
 
 async def test_what_a_nested_transaction_wrote_goes_if_the_outer_one_fails(

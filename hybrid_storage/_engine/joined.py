@@ -252,6 +252,14 @@ def begin_for_real(connection: Connection) -> None:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
+def invalidate(session: Session) -> None:
+    """Close the connection of a session's transaction, unless others use it too."""
+    if session.in_transaction():
+        connection = session.connection()
+        if not is_shared(connection.engine):
+            connection.invalidate()
+
+
 @contextmanager
 def _lock_timeout(connection: Connection, seconds: float) -> Iterator[None]:
     if isinstance(connection.dialect, PGDialect):

@@ -25,9 +25,9 @@ from .calls import Call
 from .cancellation import Interrupter, run_to_completion
 from .errors import has_rolled_back, is_missing_savepoint
 from .factories import Registry, synchronous
-from .joined import JoinedSession, begin_for_real
+from .joined import JoinedSession, begin_for_real, invalidate
 from .runner import Runner, carry, carry_to_completion
-from .slots import PARENT_WAIT, Bind, is_shared, parents_are_over, pool_state
+from .slots import PARENT_WAIT, Bind, parents_are_over, pool_state
 
 if TYPE_CHECKING:
     from .factories import AnySession
@@ -54,13 +54,6 @@ _IS_GONE = (
 
 class ScopeClosed(Exception):
     """The scope ended before the call's turn came. The call has not begun."""
-
-
-def _invalidate(session: Session) -> None:
-    if session.in_transaction():
-        connection = session.connection()
-        if not is_shared(connection.engine):
-            connection.invalidate()
 
 
 class Scope:
@@ -227,7 +220,10 @@ class Scope:
                 self.raise_if_over()
                 try:
                     await carry_to_completion(self.session, partial(end, True))
-                except Exception as error:  # of a flush, say; cancelled, it has been released
+                except asyncio.CancelledError:  # kept or not, it is taken for undone
+                    await self._end_cancelled()
+                    raise
+                except Exception as error:  # of a flush, say
                     await self._undo(end, error)
                     raise
             finally:
@@ -263,11 +259,14 @@ class Scope:
             try:
                 return await carry(self.session, bind, partial(self._root._in_order, work))
             except asyncio.CancelledError:
-                self._root._was_cancelled = self._root._is_over = True
-                if self.is_borrowed and isinstance(self.session, Session):
-                    # PostgreSQL would take its owner's COMMIT, and roll back without a word.
-                    await carry_to_completion(self.session, _invalidate)
+                await self._end_cancelled()
                 raise
+
+    async def _end_cancelled(self) -> None:
+        self._root._was_cancelled = self._root._is_over = True
+        if self.is_borrowed and isinstance(self.session, Session):
+            # PostgreSQL would take its owner's COMMIT, and roll back without a word.
+            await carry_to_completion(self.session, invalidate)
 
     def _in_order(self, work: Callable[[Session, Interrupter], T], interrupter: Interrupter) -> T:
         with self.runner.context():
