@@ -252,10 +252,10 @@ def begin_for_real(connection: Connection) -> None:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
-def invalidate(session: Session) -> None:
+def invalidate(bind_arguments: dict[str, Any], session: Session) -> None:
     """Close the connection of a session's transaction, unless others use it too."""
     if session.in_transaction():
-        connection = session.connection()
+        connection = session.connection(bind_arguments)
         if not is_shared(connection.engine):
             connection.invalidate()
 

@@ -232,7 +232,7 @@ class Scope:
     def _begin_savepoint(
         self, session: Session, _: Interrupter
     ) -> Callable[[bool, Session], object]:
-        begin_for_real(session.connection())
+        begin_for_real(session.connection(dict(self.runner.bind_arguments)))
         savepoint = session.begin_nested()
 
         def end(commits: bool, _: Session) -> None:
@@ -266,7 +266,8 @@ class Scope:
         self._root._was_cancelled = self._root._is_over = True
         if self.is_borrowed and isinstance(self.session, Session):
             # PostgreSQL would take its owner's COMMIT, and roll back without a word.
-            await carry_to_completion(self.session, invalidate)
+            work = partial(invalidate, dict(self.runner.bind_arguments))
+            await carry_to_completion(self.session, work)
 
     def _in_order(self, work: Callable[[Session, Interrupter], T], interrupter: Interrupter) -> T:
         with self.runner.context():
