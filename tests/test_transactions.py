@@ -265,6 +265,27 @@ async def test_a_nested_transaction_whose_own_end_fails_is_undone_and_the_outer_
 
 
 @pytest.mark.parametrize("joins", [False, True], ids=["transaction", "using"])
+async def test_an_error_of_a_listener_at_a_nested_transactions_end_is_the_one_to_see(
+    shop: Shop, key: StorageKey, joins: bool
+) -> None:
+    """SQLAlchemy's session can't be rolled back then, and says so."""
+    storage = shop.storage
+
+    def refuse(session: Session) -> None:
+        raise Refused
+
+    async with a_session(storage) as session:
+        with pytest.raises(PendingRollbackError, match="could not be undone by itself"):
+            async with storage.using(session) if joins else storage.transaction():
+                await storage.set_state(key, "outer")
+                with pytest.raises(Refused):
+                    async with storage.transaction():
+                        await storage.set_state(key, "inner")
+                        await storage.run_sync(event.listen, "after_commit", refuse, once=True)
+    assert await shop.state(key) is None
+
+
+@pytest.mark.parametrize("joins", [False, True], ids=["transaction", "using"])
 @pytest.mark.parametrize("fails", [False, True], ids=["ends", "fails"])
 async def test_a_transaction_does_not_go_on_after_a_nested_one_whose_end_was_cancelled(
     shop: Shop, key: StorageKey, joins: bool, fails: bool

@@ -47,8 +47,8 @@ _WAS_CANCELLED = (
     "cancellation or the time-out leave the block, or roll back and begin again"
 )
 _IS_GONE = (
-    "the server has ended this transaction inside a nested transaction(), so the outer one cannot "
-    "go on: let the error leave both blocks, and run all of it again"
+    "a nested transaction() could not be undone by itself, so the outer one cannot go on: let the "
+    "error leave both blocks, and run all of it again"
 )
 
 
@@ -185,18 +185,19 @@ class Scope:
 
     @contextmanager
     def rolling_back(self, error: BaseException) -> Iterator[None]:
-        """Raise the error for which a block is undone, and not that the server was first.
+        """Raise the error for which a block is undone, and not that it could not be undone.
 
-        Whoever runs transactions again goes by that error. What else takes savepoints away commits.
+        Whoever runs transactions again goes by that error. What takes savepoints away commits,
+        unless it is the server that has rolled back: that is to be told.
         """
         try:
             yield
-        except DBAPIError as gone:
-            if is_missing_savepoint(gone):
-                self._root._is_over = True
-                if has_rolled_back(error):
-                    return
+        except ResourceClosedError:  # by a function
             raise
+        except SQLAlchemyError as failure:
+            self._root._is_over = True
+            if is_missing_savepoint(failure) and not has_rolled_back(error):
+                raise
 
     @asynccontextmanager
     async def savepoint(self) -> AsyncIterator[Scope]:
@@ -246,9 +247,8 @@ class Scope:
     async def _undo(self, end: Callable[[bool, Session], object], error: BaseException) -> None:
         def undo(session: Session) -> None:
             end(False, session)
-            if not self._root._is_over:
-                for work in self._meanwhile:
-                    self._root._in_order(work, Interrupter())
+            for work in () if self._root._is_over else self._meanwhile:
+                self._root._in_order(work, Interrupter())
 
         with self.rolling_back(error):
             await carry_to_completion(self.session, undo)
