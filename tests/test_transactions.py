@@ -8,7 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
@@ -21,12 +21,12 @@ from aiogram.fsm.context import FSMContext
 from aiogram.fsm.storage.base import StorageKey
 from aiogram.fsm.storage.memory import MemoryStorage
 from aiogram.types import Chat, ErrorEvent, Message, Update, User
-from backends import FORKED, SERVERS, SQLITE, Backend
+from backends import FORKED, POSTGRESQL, SERVERS, SQLITE, Backend
 from blocking import locked
 from conftest import Open, engine_of, new_session, rows
 from process_worker import order_and_die
 from sqlalchemy import MetaData, String, event, insert, select, text
-from sqlalchemy.exc import IntegrityError, PendingRollbackError
+from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import (
     Mapped,
@@ -262,6 +262,29 @@ async def test_a_nested_transaction_whose_own_end_fails_is_undone_and_the_outer_
         await _(session.commit())
     assert await shop.orders() == ["cake"]
     assert await shop.state(key) == "refused"
+
+
+@pytest.mark.parametrize("backend", POSTGRESQL, ids=str)
+async def test_a_failed_statement_that_a_nested_function_hid_ends_the_session_of_using(
+    shop: Shop, key: StorageKey
+) -> None:
+    """PostgreSQL would take the owner's COMMIT, and roll back without a word."""
+    storage, order = shop.storage, shop.Order
+
+    def sell_twice(session: Session) -> None:
+        for _ in range(2):
+            with suppress(IntegrityError):
+                session.execute(insert(order).values(product="tea"))
+
+    async with a_session(storage) as session:
+        with pytest.raises(PendingRollbackError, match="could not be undone by itself"):
+            async with storage.using(session):
+                await storage.set_state(key, "outer")
+                with pytest.raises(DBAPIError, match="transaction is aborted"):
+                    async with storage.transaction():
+                        await storage.run_sync(sell_twice)
+    assert await shop.orders() == []
+    assert await shop.state(key) is None
 
 
 @pytest.mark.parametrize("joins", [False, True], ids=["transaction", "using"])

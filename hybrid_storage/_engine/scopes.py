@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from anyio import Lock, move_on_after
 from sqlalchemy import Connection
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
-from sqlalchemy.exc import DBAPIError, PendingRollbackError, ResourceClosedError, SQLAlchemyError
+from sqlalchemy.exc import PendingRollbackError, ResourceClosedError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from .calls import Call
 from .cancellation import Interrupter, run_to_completion
 from .errors import has_rolled_back, is_missing_savepoint
 from .factories import Registry, synchronous
-from .joined import JoinedSession, begin_for_real, invalidate
+from .joined import JoinedSession
 from .runner import Runner, carry, carry_to_completion
+from .savepoints import begin_savepoint, invalidate
 from .slots import PARENT_WAIT, Bind, parents_are_over, pool_state
 
 if TYPE_CHECKING:
@@ -37,11 +38,6 @@ T = TypeVar("T")
 # The scope that a function of the application's is using, in its context and its tasks'.
 _occupied: ContextVar[Scope | None] = ContextVar("occupied", default=None)
 
-_ENDED_INSIDE = (
-    "a function has committed or rolled back your session inside a nested transaction(), and with "
-    "it all that came before: in place of using(session), open `storage.transaction()`, where the "
-    "commit of such a function is a savepoint"
-)
 _WAS_CANCELLED = (
     "a call in this transaction was cancelled, so the transaction cannot go on: let the "
     "cancellation or the time-out leave the block, or roll back and begin again"
@@ -233,16 +229,7 @@ class Scope:
     def _begin_savepoint(
         self, session: Session, _: Interrupter
     ) -> Callable[[bool, Session], object]:
-        begin_for_real(session.connection(dict(self.runner.bind_arguments)))
-        savepoint = session.begin_nested()
-
-        def end(commits: bool, _: Session) -> None:
-            try:
-                savepoint.commit() if commits else savepoint.rollback()
-            except ResourceClosedError as error:
-                raise ResourceClosedError(_ENDED_INSIDE) from error
-
-        return end
+        return begin_savepoint(session, dict(self.runner.bind_arguments))
 
     async def _undo(self, end: Callable[[bool, Session], object], error: BaseException) -> None:
         def undo(session: Session) -> None:
