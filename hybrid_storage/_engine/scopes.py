@@ -68,6 +68,7 @@ class Scope:
         self.registry = registry
         self.task: asyncio.Task[Any] | None = asyncio.current_task()
         self.is_open: bool = True
+        self.is_committed: bool = False
         self.parent: Scope | None = parent
         self._root: Scope = self if parent is None else parent._root
         # Whether the session is the application's, which commits when it likes.
