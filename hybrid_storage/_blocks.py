@@ -31,6 +31,13 @@ class Block:
         :param outer: what calls outside of the block join, None if they join nothing
         """
         self._outer = outer
+        self.scope: Scope | None = None
+        """The block's own transaction, if it is not a nested one."""
+
+    @property
+    def is_committed(self) -> bool:
+        """Whether it has been committed, though a cancellation has arrived meanwhile."""
+        return self.scope is not None and self.scope.is_committed
 
     @contextmanager
     def entered(self) -> Iterator[None]:

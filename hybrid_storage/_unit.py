@@ -147,8 +147,9 @@ class UnitOfWork:
         try:
             yield
         except BaseException:
-            self.rows, unknown = before.restored()
-            self._stale |= unknown
+            if not block.is_committed:
+                self.rows, unknown = before.restored()
+                self._stale |= unknown
             raise
         finally:
             self._before.remove(before)

@@ -91,8 +91,9 @@ class Transactions(Generic[S]):
                 async with scope.savepoint() as inner, self._joining(inner):
                     yield cast("S", inner.session)
             return
-        with self.units.undone_on_failure():
+        with self.units.undone_on_failure() as block:
             async with self._own_transaction(allow_blocking=allow_blocking) as session:
+                block.scope = self._access.scope()
                 yield cast("S", session)
                 await self.units.write()
         await self._committed(session)

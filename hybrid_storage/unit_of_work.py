@@ -106,7 +106,7 @@ class UnitsOfWork:
             unit.forget()
 
     @contextmanager
-    def undone_on_failure(self) -> Iterator[None]:
+    def undone_on_failure(self) -> Iterator[Block]:
         """Take back what the block has collected, and what it has written, if it fails.
 
         What other tasks have collected meanwhile stays.
@@ -116,7 +116,7 @@ class UnitsOfWork:
             stack.enter_context(block.entered())
             for unit in self._of_this_task():
                 stack.enter_context(unit.undone_on_failure(block))
-            yield
+            yield block
 
     def _of_this_task(self) -> Iterator[UnitOfWork]:
         return (unit for unit in self._open() if unit.task is asyncio.current_task())

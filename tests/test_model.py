@@ -717,6 +717,32 @@ async def test_a_session_bound_by_base_uses_that_engine(
 
 
 @on_both_runners
+async def test_a_nested_transaction_in_a_session_that_is_bound_by_base_is_a_savepoint(
+    backend: Backend, key: StorageKey, engines: Any
+) -> None:
+    base = new_base()
+    here = engines("here.db")
+    factory = new_factory(backend, binds={base: here})
+    storage = SQLAlchemyStorage(factory, base, "fsm")
+    try:
+        await storage.create_table()
+        session = factory()
+        async with storage.using(session):
+            await storage.set_state(key, "outer")
+            with pytest.raises(LookupError):
+                async with storage.transaction():
+                    await storage.set_state(key, "inner")
+                    raise LookupError
+        for end in (session.commit, session.close):
+            ended = end()
+            if ended is not None:
+                await ended
+        assert await storage.get_state(key) == "outer"
+    finally:
+        await dispose(here)
+
+
+@on_both_runners
 @pytest.mark.parametrize("by", ["model", "table"])
 async def test_a_session_bound_by_the_model_or_the_table_uses_that_engine(
     backend: Backend, key: StorageKey, tmp_path: Path, engines: Any, by: str

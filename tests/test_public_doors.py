@@ -43,6 +43,7 @@ ORDER = [
     "_engine.calls",
     "_engine.poolers",
     "_engine.runner",
+    "_engine.savepoints",
     "_engine.joined",
     "_engine.scopes",
     "_engine.transaction",

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 from aiogram.fsm.storage.base import StorageKey
+from anyio import CancelScope
 from backends import MARIADB, POSTGRESQL, SERVERS, SQLITE, Backend
 from blocking import PATIENCE
 from conftest import Open, new_session
 from sqlalchemy import text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.orm import Session
 from units import outside
 
@@ -250,6 +251,62 @@ async def test_a_childs_call_is_not_undone_with_a_nested_block_of_its_parent(
         assert await storage.get_state(other) == "child"
     assert (await storage.get_state(key), await storage.get_state(other)) == ("outer", "child")
     assert await storage.get_data(key) == {"outer": 1, "child": 1}
+
+
+@pytest.mark.parametrize("backend", SERVERS, ids=str)
+@pytest.mark.parametrize("how", ["transaction", "using"])
+async def test_a_childs_call_is_not_undone_with_a_nested_block_that_is_cancelled(
+    backend: Backend, open_storage: Open, key: StorageKey, other: StorageKey, how: str
+) -> None:
+    """Anyio cancels again and again, while what the call wrote is written again, too."""
+    storage = await open_storage(backend)
+    inside = asyncio.Event()
+
+    async def child() -> None:
+        await inside.wait()
+        await storage.set_state(other, "child")
+
+    async with joined(storage, how):
+        task = asyncio.create_task(child())
+        with CancelScope() as scope:
+            async with storage.transaction():
+                await storage.set_state(key, "nested")
+                inside.set()
+                await task
+                scope.cancel()
+                await asyncio.sleep(PATIENCE)
+    assert (await storage.get_state(key), await storage.get_state(other)) == (None, "child")
+
+
+@pytest.mark.parametrize("backend", ROW_LOCKS, ids=str)
+@pytest.mark.parametrize("how", ["transaction", "using"])
+async def test_a_childs_call_that_cannot_be_repeated_hides_no_error_and_nothing_is_committed(
+    backend: Backend, open_storage: Open, key: StorageKey, other: StorageKey, how: str
+) -> None:
+    storage = await open_storage(backend)
+    inside = asyncio.Event()
+    ours, end = {
+        "postgresql": ("SELECT pg_backend_pid()", "SELECT pg_terminate_backend({})"),
+        "mariadb": ("SELECT connection_id()", "KILL {}"),
+    }[backend.server]
+
+    async def child() -> None:
+        await inside.wait()
+        await storage.set_state(other, "child")
+
+    with pytest.raises(PendingRollbackError, match="could not be undone by itself"):
+        async with joined(storage, how):
+            task = asyncio.create_task(child())
+            with pytest.raises(LookupError):
+                async with storage.transaction():
+                    inside.set()
+                    await task
+                    this = await storage.run_sync(lambda session: session.scalar(text(ours)))
+                    kill = text(end.format(this))
+                    await outside(storage.run_sync(lambda session: session.execute(kill)))
+                    raise LookupError
+            await storage.set_state(key, "after")
+    assert (await storage.get_state(key), await storage.get_state(other)) == (None, None)
 
 
 @pytest.mark.parametrize("backend", SERVERS, ids=str)

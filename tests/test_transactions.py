@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
@@ -20,12 +21,12 @@ from aiogram.fsm.context import FSMContext
 from aiogram.fsm.storage.base import StorageKey
 from aiogram.fsm.storage.memory import MemoryStorage
 from aiogram.types import Chat, ErrorEvent, Message, Update, User
-from backends import FORKED, SERVERS, SQLITE, Backend
+from backends import FORKED, POSTGRESQL, SERVERS, SQLITE, Backend
 from blocking import locked
 from conftest import Open, engine_of, new_session, rows
 from process_worker import order_and_die
 from sqlalchemy import MetaData, String, event, insert, select, text
-from sqlalchemy.exc import IntegrityError, PendingRollbackError
+from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import (
     Mapped,
@@ -261,6 +262,79 @@ async def test_a_nested_transaction_whose_own_end_fails_is_undone_and_the_outer_
         await _(session.commit())
     assert await shop.orders() == ["cake"]
     assert await shop.state(key) == "refused"
+
+
+@pytest.mark.parametrize("backend", POSTGRESQL, ids=str)
+async def test_a_failed_statement_that_a_nested_function_hid_ends_the_session_of_using(
+    shop: Shop, key: StorageKey
+) -> None:
+    """PostgreSQL would take the owner's COMMIT, and roll back without a word."""
+    storage, order = shop.storage, shop.Order
+
+    def sell_twice(session: Session) -> None:
+        for _ in range(2):
+            with suppress(IntegrityError):
+                session.execute(insert(order).values(product="tea"))
+
+    async with a_session(storage) as session:
+        with pytest.raises(PendingRollbackError, match="could not be undone by itself"):
+            async with storage.using(session):
+                await storage.set_state(key, "outer")
+                with pytest.raises(DBAPIError, match="transaction is aborted"):
+                    async with storage.transaction():
+                        await storage.run_sync(sell_twice)
+    assert await shop.orders() == []
+    assert await shop.state(key) is None
+
+
+@pytest.mark.parametrize("joins", [False, True], ids=["transaction", "using"])
+async def test_an_error_of_a_listener_at_a_nested_transactions_end_is_the_one_to_see(
+    shop: Shop, key: StorageKey, joins: bool
+) -> None:
+    """SQLAlchemy's session can't be rolled back then, and says so."""
+    storage = shop.storage
+
+    def refuse(session: Session) -> None:
+        raise Refused
+
+    async with a_session(storage) as session:
+        with pytest.raises(PendingRollbackError, match="could not be undone by itself"):
+            async with storage.using(session) if joins else storage.transaction():
+                await storage.set_state(key, "outer")
+                with pytest.raises(Refused):
+                    async with storage.transaction():
+                        await storage.set_state(key, "inner")
+                        await storage.run_sync(event.listen, "after_commit", refuse, once=True)
+    assert await shop.state(key) is None
+
+
+@pytest.mark.parametrize("joins", [False, True], ids=["transaction", "using"])
+@pytest.mark.parametrize("fails", [False, True], ids=["ends", "fails"])
+async def test_a_transaction_does_not_go_on_after_a_nested_one_whose_end_was_cancelled(
+    shop: Shop, key: StorageKey, joins: bool, fails: bool
+) -> None:
+    """Whoever catches that takes all of it for undone: the conversation, but not the order."""
+    storage, order = shop.storage, shop.Order
+    loop = asyncio.get_running_loop()
+
+    async with a_session(storage) as session:
+        with pytest.raises(PendingRollbackError, match="was cancelled"):
+            async with storage.using(session) if joins else storage.transaction():
+                await storage.set_state(key, "outer")
+                with anyio.CancelScope() as scope:
+
+                    def sell(session: Session) -> None:
+                        session.execute(insert(order).values(product="cake"))
+                        session.add(order(product="cake" if fails else "tea"))
+                        cancel = lambda *_: loop.call_soon_threadsafe(scope.cancel)  # noqa: E731
+                        event.listen(session, "before_flush", cancel, once=True)
+                        event.listen(session, "before_flush", lambda *_: time.sleep(0.02))
+
+                    async with storage.transaction():
+                        await storage.run_sync(sell)
+                assert scope.cancelled_caught
+    assert await shop.orders() == []
+    assert await shop.state(key) is None
 
 
 async def test_what_a_nested_transaction_wrote_goes_if_the_outer_one_fails(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 import pytest
 from aiogram.fsm.storage.base import StorageKey
+from anyio import CancelScope
 from backends import Backend
 from conftest import Open
-from sqlalchemy import create_engine
-from sqlalchemy.orm import sessionmaker
+from sqlalchemy import create_engine, event
+from sqlalchemy.orm import Session, sessionmaker
 from units import BEFORE, KEY, LEASES, running
 
 from hybrid_storage import SQLAlchemyStorage
@@ -29,6 +31,32 @@ async def test_a_function_of_the_transaction_may_be_called_after_all_was_written
         await storage.run_sync(lambda session: None)
     assert await storage.get_state(key) == "paid"
     engine.dispose()
+
+
+@pytest.mark.parametrize("lease", LEASES.values(), ids=LEASES)
+async def test_a_cancellation_during_the_commit_takes_nothing_back(
+    backend: Backend, open_storage: Open, lease: float | None
+) -> None:
+    storage: SQLAlchemyStorage = await open_storage(backend)
+    loop = asyncio.get_running_loop()
+    async with running(storage, lease) as bot, bot.update():
+        await storage.set_state(KEY, "before")
+        with CancelScope() as scope:
+
+            def cancel(session: Session) -> None:
+                loop.call_soon_threadsafe(scope.cancel)
+                time.sleep(0.02)
+
+            async with storage.transaction():
+                await storage.run_sync(event.listen, "before_commit", cancel, once=True)
+                await storage.set_state(KEY, "paid")
+                await storage.update_data(KEY, {"paid": 1})
+        assert scope.cancelled_caught
+        assert await storage.get_state(KEY) == "paid"
+        assert await storage.get_data(KEY) == {**BEFORE[1], "paid": 1}
+        await storage.update_data(KEY, {"after": 1})
+    assert await storage.get_state(KEY) == "paid"
+    assert await storage.get_data(KEY) == {**BEFORE[1], "paid": 1, "after": 1}
 
 
 @pytest.mark.parametrize("lease", LEASES.values(), ids=LEASES)

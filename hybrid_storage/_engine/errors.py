@@ -13,7 +13,7 @@ import re
 import socket
 from typing import Any, TypeAlias
 
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from .codes import (
@@ -109,10 +109,12 @@ def has_rolled_back(error: BaseException | None) -> bool:
     return False
 
 
-def is_missing_savepoint(error: DBAPIError) -> bool:
+def is_missing_savepoint(error: SQLAlchemyError) -> bool:
     """Tell whether a savepoint has gone, so that the transaction around it has ended."""
-    return "SAVEPOINT" in (error.statement or "") and _is_about(
-        error, _NO_SAVEPOINT, _NO_SAVEPOINT_IN_SQLITE
+    return (
+        isinstance(error, DBAPIError)
+        and "SAVEPOINT" in (error.statement or "")
+        and _is_about(error, _NO_SAVEPOINT, _NO_SAVEPOINT_IN_SQLITE)
     )
 
 

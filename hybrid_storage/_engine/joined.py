@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, cast
 from sqlalchemy import Connection, event
 from sqlalchemy.dialects.mysql.base import MySQLDialect
 from sqlalchemy.dialects.postgresql.base import PGDialect
-from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.engine import Transaction, TwoPhaseTransaction
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.orm import Session, SessionTransaction
 
 from .factories import synchronous
 from .runner import Connect, connected
+from .savepoints import begin_for_real
 from .slots import Bind, is_shared
 
 if TYPE_CHECKING:
@@ -239,17 +239,6 @@ def open_joined(
         blocks_in=None if is_async or allow_blocking else threading.get_ident(),
     )
     return session, side
-
-
-def begin_for_real(connection: Connection) -> None:
-    """Begin in SQLite, where Python's driver begins before the first write only.
-
-    A savepoint before that would be the transaction itself, and its release would commit.
-    """
-    if isinstance(connection.dialect, SQLiteDialect):
-        driver_connection = connection.connection.driver_connection
-        if driver_connection is not None and not driver_connection.in_transaction:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 @contextmanager

@@ -18,16 +18,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from anyio import Lock, move_on_after
 from sqlalchemy import Connection
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
-from sqlalchemy.exc import DBAPIError, PendingRollbackError, ResourceClosedError, SQLAlchemyError
+from sqlalchemy.exc import PendingRollbackError, ResourceClosedError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from .calls import Call
 from .cancellation import Interrupter, run_to_completion
 from .errors import has_rolled_back, is_missing_savepoint
 from .factories import Registry, synchronous
-from .joined import JoinedSession, begin_for_real
+from .joined import JoinedSession
 from .runner import Runner, carry, carry_to_completion
-from .slots import PARENT_WAIT, Bind, is_shared, parents_are_over, pool_state
+from .savepoints import begin_savepoint, invalidate
+from .slots import PARENT_WAIT, Bind, parents_are_over, pool_state
 
 if TYPE_CHECKING:
     from .factories import AnySession
@@ -37,30 +38,18 @@ T = TypeVar("T")
 # The scope that a function of the application's is using, in its context and its tasks'.
 _occupied: ContextVar[Scope | None] = ContextVar("occupied", default=None)
 
-_ENDED_INSIDE = (
-    "a function has committed or rolled back your session inside a nested transaction(), and with "
-    "it all that came before: in place of using(session), open `storage.transaction()`, where the "
-    "commit of such a function is a savepoint"
-)
 _WAS_CANCELLED = (
     "a call in this transaction was cancelled, so the transaction cannot go on: let the "
     "cancellation or the time-out leave the block, or roll back and begin again"
 )
 _IS_GONE = (
-    "the server has ended this transaction inside a nested transaction(), so the outer one cannot "
-    "go on: let the error leave both blocks, and run all of it again"
+    "a nested transaction() could not be undone by itself, so the outer one cannot go on: let the "
+    "error leave both blocks, and run all of it again"
 )
 
 
 class ScopeClosed(Exception):
     """The scope ended before the call's turn came. The call has not begun."""
-
-
-def _invalidate(session: Session) -> None:
-    if session.in_transaction():
-        connection = session.connection()
-        if not is_shared(connection.engine):
-            connection.invalidate()
 
 
 class Scope:
@@ -79,6 +68,7 @@ class Scope:
         self.registry = registry
         self.task: asyncio.Task[Any] | None = asyncio.current_task()
         self.is_open: bool = True
+        self.is_committed: bool = False
         self.parent: Scope | None = parent
         self._root: Scope = self if parent is None else parent._root
         # Whether the session is the application's, which commits when it likes.
@@ -192,18 +182,19 @@ class Scope:
 
     @contextmanager
     def rolling_back(self, error: BaseException) -> Iterator[None]:
-        """Raise the error for which a block is undone, and not that the server was first.
+        """Raise the error for which a block is undone, and not that it could not be undone.
 
-        Whoever runs transactions again goes by that error. What else takes savepoints away commits.
+        Whoever runs transactions again goes by that error. What takes savepoints away commits,
+        unless it is the server that has rolled back: that is to be told.
         """
         try:
             yield
-        except DBAPIError as gone:
-            if is_missing_savepoint(gone):
-                self._root._is_over = True
-                if has_rolled_back(error):
-                    return
+        except ResourceClosedError:  # by a function
             raise
+        except SQLAlchemyError as failure:
+            self._root._is_over = True
+            if is_missing_savepoint(failure) and not has_rolled_back(error):
+                raise
 
     @asynccontextmanager
     async def savepoint(self) -> AsyncIterator[Scope]:
@@ -227,7 +218,10 @@ class Scope:
                 self.raise_if_over()
                 try:
                     await carry_to_completion(self.session, partial(end, True))
-                except Exception as error:  # of a flush, say; cancelled, it has been released
+                except asyncio.CancelledError:  # kept or not, it is taken for undone
+                    await self._end_cancelled()
+                    raise
+                except Exception as error:  # of a flush, say
                     await self._undo(end, error)
                     raise
             finally:
@@ -236,26 +230,16 @@ class Scope:
     def _begin_savepoint(
         self, session: Session, _: Interrupter
     ) -> Callable[[bool, Session], object]:
-        begin_for_real(session.connection())
-        savepoint = session.begin_nested()
-
-        def end(commits: bool, _: Session) -> None:
-            try:
-                savepoint.commit() if commits else savepoint.rollback()
-            except ResourceClosedError as error:
-                raise ResourceClosedError(_ENDED_INSIDE) from error
-
-        return end
+        return begin_savepoint(session, dict(self.runner.bind_arguments))
 
     async def _undo(self, end: Callable[[bool, Session], object], error: BaseException) -> None:
-        with self.rolling_back(error):
-            await carry_to_completion(self.session, partial(end, False))
-        if self._meanwhile and not self._root._is_over:
-            await carry_to_completion(self.session, self._repeat)
+        def undo(session: Session) -> None:
+            end(False, session)
+            for work in () if self._root._is_over else self._meanwhile:
+                self._root._in_order(work, Interrupter())
 
-    def _repeat(self, _: Session) -> None:
-        for work in self._meanwhile:
-            self._root._in_order(work, Interrupter())
+        with self.rolling_back(error):
+            await carry_to_completion(self.session, undo)
 
     async def _carry(self, work: Callable[[Session, Interrupter], T], bind: Bind | None) -> T:
         async with self._turn():
@@ -263,11 +247,15 @@ class Scope:
             try:
                 return await carry(self.session, bind, partial(self._root._in_order, work))
             except asyncio.CancelledError:
-                self._root._was_cancelled = self._root._is_over = True
-                if self.is_borrowed and isinstance(self.session, Session):
-                    # PostgreSQL would take its owner's COMMIT, and roll back without a word.
-                    await carry_to_completion(self.session, _invalidate)
+                await self._end_cancelled()
                 raise
+
+    async def _end_cancelled(self) -> None:
+        self._root._was_cancelled = self._root._is_over = True
+        if self.is_borrowed and isinstance(self.session, Session):
+            # PostgreSQL would take its owner's COMMIT, and roll back without a word.
+            work = partial(invalidate, dict(self.runner.bind_arguments))
+            await carry_to_completion(self.session, work)
 
     def _in_order(self, work: Callable[[Session, Interrupter], T], interrupter: Interrupter) -> T:
         with self.runner.context():

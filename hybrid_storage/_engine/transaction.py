@@ -99,6 +99,7 @@ class TransactionScope(Scope):
                     if self._wrong_server and self._connection and not committed:
                         leave_wrong_server(self._connection, self._wrong_server)
                     self._side.joined.end(commits=committed)
+                    self.is_committed = committed
 
     def _in_order(self, work: Callable[[Session, Interrupter], T], interrupter: Interrupter) -> T:
         with self._alone():
