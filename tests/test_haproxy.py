@@ -24,6 +24,7 @@ from aiogram.fsm.storage.base import StorageKey
 from backends import POSTGRESQL, Backend
 from chaos.proxy import free_port
 from chaos.servers import GALERA, MARIADBD, Server, galera_node_at, postgres
+from cluster.hosts import wait_for
 from cluster.patroni import CHECK
 from conftest import dispose
 from sqlalchemy import URL, create_engine
@@ -161,6 +162,14 @@ def servers_behind(server: Server, ask: str) -> set[object]:
     return found
 
 
+def reaches(server: Server) -> bool:
+    """Tell whether HAProxy knows of a server that it may send connections to."""
+    try:
+        return servers_behind(server, "SELECT 1") == {1}
+    except OperationalError:
+        return False
+
+
 def test_a_tcp_check_reaches_a_standby_and_the_printed_one_only_the_leader(
     postgres_pair: Pair, tmp_path: Path
 ) -> None:
@@ -176,8 +185,8 @@ def test_a_tcp_check_reaches_a_standby_and_the_printed_one_only_the_leader(
         with haproxy(tmp_path, primary, by_tcp) as server:
             assert servers_behind(server, "SELECT pg_is_in_recovery()") == {False, True}
         with haproxy(tmp_path, primary, listen) as server:
-            time.sleep(2)  # for the checks
-            assert servers_behind(server, "SELECT pg_is_in_recovery()") == {False}
+            ask = "SELECT pg_is_in_recovery()"
+            wait_for(lambda: servers_behind(server, ask) == {False}, "the leader alone is reached")
 
 
 def test_the_printed_check_is_the_one_of_the_patroni_clusters() -> None:
@@ -202,15 +211,14 @@ def test_a_tcp_check_reaches_a_node_that_copies_and_the_printed_one_the_next(
     checks = subprocess.Popen(command)
     try:
         with haproxy(tmp_path, galera_node, listen) as server:
-            assert servers_behind(server, "SELECT 1") == {1}
+            # Its first checks may come before there is who answers them.
+            wait_for(lambda: reaches(server), "the checks find the node")
             with root.connect() as connection:
                 connection.exec_driver_sql("SET GLOBAL wsrep_desync = ON")
-            time.sleep(3)
-            with pytest.raises(OperationalError):
-                servers_behind(server, "SELECT 1")
+            wait_for(lambda: not reaches(server), "the checks find that it is a donor")
         with haproxy(tmp_path, galera_node, by_tcp) as server:
-            time.sleep(3)
-            assert servers_behind(server, "SELECT 1") == {1}
+            time.sleep(3)  # for the checks
+            assert reaches(server)
     finally:
         checks.kill()
         checks.wait()

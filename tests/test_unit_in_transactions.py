@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from aiogram.fsm.storage.base import StorageKey
 from anyio import CancelScope
-from backends import Backend
+from backends import POSTGRESQL, Backend
 from conftest import Open
 from sqlalchemy import create_engine, event
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, sessionmaker
-from units import BEFORE, KEY, LEASES, running
+from units import ANOTHER, BEFORE, KEY, LEASES, running
 
 from hybrid_storage import SQLAlchemyStorage
 
@@ -31,6 +32,32 @@ async def test_a_function_of_the_transaction_may_be_called_after_all_was_written
         await storage.run_sync(lambda session: None)
     assert await storage.get_state(key) == "paid"
     engine.dispose()
+
+
+@pytest.mark.parametrize("backend", POSTGRESQL, ids=str)
+@pytest.mark.parametrize("level", ["READ COMMITTED", "REPEATABLE READ"])
+async def test_a_row_that_another_has_made_since_is_a_serialization_failure_or_changed(
+    backend: Backend, open_storage: Open, level: str
+) -> None:
+    """At the higher level the transaction does not see it, but its own insert would meet it."""
+    storage = await open_storage(backend, engine_options={"isolation_level": level})
+
+    async def overtaken() -> None:
+        async with bot.update(ANOTHER), storage.transaction():
+            assert await storage.get_data(ANOTHER) == {}
+            await bot.meanwhile("update_data", {"newer": 1}, key=ANOTHER)
+            await storage.update_data(ANOTHER, {"mine": 1})
+            await storage.flush()
+
+    async with running(storage, None) as bot:
+        if level == "READ COMMITTED":
+            await overtaken()
+            assert await storage.get_data(ANOTHER) == {"newer": 1, "mine": 1}
+        else:
+            with pytest.raises(DBAPIError) as caught:
+                await overtaken()
+            assert getattr(caught.value.orig, "sqlstate", None) == "40001"
+            assert await storage.get_data(ANOTHER) == {"newer": 1}
 
 
 @pytest.mark.parametrize("lease", LEASES.values(), ids=LEASES)

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import sqlalchemy as sa
 from sqlalchemy import Connection, Table
+from sqlalchemy.dialects.mysql.base import MySQLDialect
 from sqlalchemy.exc import IntegrityError
 
 from .at_once import AtOnce, is_plain
@@ -19,6 +20,7 @@ from .changes import ChangedRow, Texts
 from .leases import NOBODY, Fence, Leases
 from .results import Execute, executed
 from .rows import Rows
+from .upsert import native_insert, telling
 
 _Selects: TypeAlias = tuple[sa.Executable, ...]
 """Reads one row, and several."""
@@ -68,7 +70,8 @@ class Units:
             **rows.lookups.values,
         }
         self._update = sa.update(table).where(this).values(texts)
-        self._insert = sa.insert(table).values({"id": sa.bindparam("_row"), **texts})
+        self._new = {"id": sa.bindparam("_row"), **texts}
+        self._insert = sa.insert(table).values(self._new)
         self._delete = sa.delete(table).where(this)
 
     def look(self, connection: Connection, row: str) -> tuple[str, int]:
@@ -146,15 +149,10 @@ class Units:
             if change.found is not None:
                 change.rebase(found[change.row])
             elif nests and not change.now.is_empty:
-                try:
-                    with connection.begin_nested():
-                        self._put(connection, change)
+                if self._is_inserted(connection, change):
                     continue
-                except IntegrityError:
-                    now = self._read(connection, self._select_locked, [change.row])[change.row]
-                    if now is None:
-                        raise
-                    change.rebase(now)
+                now = self._read(connection, self._select_locked, [change.row])
+                change.rebase(now[change.row])
             self._put(connection, change)
         return Outcome.WRITTEN
 
@@ -163,16 +161,30 @@ class Units:
         if changes and all(change.found is None for change in changes):
             self._rows.lookups.sweep(connection, changes[0].columns)
 
+    def _is_inserted(self, connection: Connection, change: ChangedRow) -> bool:
+        """Insert a row unless one is there, and tell which; the transaction goes on.
+
+        At REPEATABLE READ, PostgreSQL reports a row that the transaction does not see as what it
+        is, a serialization failure, and not as a duplicate key.
+        """
+        if isinstance(connection.dialect, MySQLDialect):  # whose INSERT IGNORE ignores more
+            try:
+                with connection.begin_nested():
+                    self._put(connection, change)
+            except IntegrityError:
+                return False
+            return True
+        insert = native_insert(connection.dialect)(self.table).values(self._new)
+        unless_there = insert.on_conflict_do_nothing(index_elements=["id"])
+        statement = telling(unless_there, self.table, connection.dialect)
+        return executed(connection, statement, _parameters(change)).found()
+
     def _put(self, connection: Connection, change: ChangedRow) -> None:
-        parameters = {
-            **{"_row": change.row, "_state": change.now.state, "_data": change.now.data},
-            **change.columns,
-        }
         if change.now.is_empty:
             executed(connection, self._delete, {"_row": change.row})
         else:
             statement = self._insert if change.found is None else self._update
-            executed(connection, statement, parameters)
+            executed(connection, statement, _parameters(change))
 
     def _read(
         self, connection: Connection, selects: _Selects, rows: Sequence[str]
@@ -185,3 +197,8 @@ class Units:
         answer = result.rows or ()
         found = {row: Texts(state, data) for row, state, data in answer}
         return {row: found.get(row) for row in rows}
+
+
+def _parameters(change: ChangedRow) -> dict[str, Any]:
+    texts = {"_row": change.row, "_state": change.now.state, "_data": change.now.data}
+    return texts | dict(change.columns)
