@@ -29,6 +29,11 @@ from .operations import Calls
 T = TypeVar("T")
 
 _ATTEMPTS = 1000  # of one write, on top of what others have written meanwhile
+_UNWRITTEN = "nothing of what its handler has done is written"
+_UNSEEN = (
+    ". Or the transaction began before the lock was taken, and at REPEATABLE READ it does not see "
+    "the lock: take the lock first"
+)
 
 
 class LockLostError(RuntimeError):
@@ -189,7 +194,8 @@ class UnitOfWork:
         else:
             outcome = await self._write_apart(changes, ends)
         if outcome is Outcome.LOST:
-            raise _lost(self._row, "nothing of what its handler has done is written")
+            is_held = self._hold is not None and time.monotonic() < self._hold.deadline
+            raise _lost(self._row, _UNWRITTEN + _UNSEEN * (scope is not None and is_held))
         for change in changes:
             change.written()
         return True

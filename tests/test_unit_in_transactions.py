@@ -16,7 +16,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, sessionmaker
 from units import ANOTHER, BEFORE, KEY, LEASES, running
 
-from hybrid_storage import SQLAlchemyStorage
+from hybrid_storage import LockLostError, SQLAlchemyStorage
 
 
 async def test_a_function_of_the_transaction_may_be_called_after_all_was_written(
@@ -58,6 +58,26 @@ async def test_a_row_that_another_has_made_since_is_a_serialization_failure_or_c
                 await overtaken()
             assert getattr(caught.value.orig, "sqlstate", None) == "40001"
             assert await storage.get_data(ANOTHER) == {"newer": 1}
+
+
+@pytest.mark.parametrize("backend", POSTGRESQL, ids=str)
+async def test_a_transaction_that_is_too_old_to_see_its_lock_is_told_so(
+    backend: Backend, open_storage: Open
+) -> None:
+    level = {"isolation_level": "REPEATABLE READ"}
+    storage: SQLAlchemyStorage = await open_storage(backend, engine_options=level)
+
+    async def too_old() -> None:
+        async with storage.transaction():
+            assert await storage.get_state(ANOTHER) is None  # a snapshot
+            async with bot.update():
+                await storage.set_state(KEY, "too late")
+
+    async with running(storage, 30.0) as bot:
+        with pytest.raises(LockLostError, match=r"is written\. Or .*: take the lock first"):
+            await too_old()
+        assert await bot.stored() == BEFORE
+        await bot.assert_free()
 
 
 @pytest.mark.parametrize("lease", LEASES.values(), ids=LEASES)

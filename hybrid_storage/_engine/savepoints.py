@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
-from sqlalchemy.exc import DBAPIError, PendingRollbackError, ResourceClosedError
+from sqlalchemy.exc import DBAPIError, ResourceClosedError
 from sqlalchemy.orm import Session
 
 from .slots import is_shared
@@ -17,7 +17,6 @@ _ENDED_INSIDE = (
     "it all that came before: in place of using(session), open `storage.transaction()`, where the "
     "commit of such a function is a savepoint"
 )
-_NOT_RELEASED = "the server has refused to release a savepoint"
 
 
 def begin_savepoint(
@@ -26,19 +25,20 @@ def begin_savepoint(
     """Begin what can be undone by itself, and return what releases it, or rolls back to it."""
     begin_for_real(session.connection(bind_arguments))
     savepoint = session.begin_nested()
-    is_refused = False
+    refused: DBAPIError | None = None
 
     def end(commits: bool, _: Session) -> None:
-        nonlocal is_refused
+        nonlocal refused
+        if refused is not None:
+            # SQLAlchemy takes it for released, and PostgreSQL would not commit the rest.
+            raise refused
         try:
             savepoint.commit() if commits else savepoint.rollback()
         except ResourceClosedError as error:
             raise ResourceClosedError(_ENDED_INSIDE) from error
         except DBAPIError as error:
-            is_refused = "RELEASE SAVEPOINT" in (error.statement or "")
+            refused = error if "RELEASE SAVEPOINT" in (error.statement or "") else None
             raise
-        if is_refused:  # SQLAlchemy takes it for released, and PostgreSQL would not commit the rest
-            raise PendingRollbackError(_NOT_RELEASED)
 
     return end
 
