@@ -249,7 +249,8 @@ def _explained(error: Exception, secrets: Secrets) -> str:
         return f'{error.name} is not installed: pip install "aiogram-hybrid-storage[{error.name}]"'
     if isinstance(error, NoSuchModuleError):
         return (
-            f"{error}: no database of SQLAlchemy's. From Redis, there is `hybrid-storage migrate`"
+            f"{error}: SQLAlchemy knows no such database. To move conversations from Redis, use "
+            "`hybrid-storage migrate`"
         )
     if is_missing_table(error):
         return "the table is missing: create it with `hybrid-storage tables create`"

@@ -331,7 +331,7 @@ def test_another_key_builder_is_taken_from_a_module(
         (["count", "--url", "mysql+mysqldb://h/x"], "needs the driver MySQLdb"),
         (
             ["count", "--url", "redis://h/0"],
-            "Can't load plugin: sqlalchemy.dialects:redis: no database",
+            "Can't load plugin: sqlalchemy.dialects:redis: SQLAlchemy knows no",
         ),
         (["lost"], "No such command"),
     ],

@@ -323,12 +323,14 @@ async def test_a_transaction_does_not_go_on_after_a_nested_one_whose_end_was_can
                 await storage.set_state(key, "outer")
                 with anyio.CancelScope() as scope:
 
+                    def cancel(*_: object) -> None:
+                        loop.call_soon_threadsafe(scope.cancel)
+                        time.sleep(0.02)
+
                     def sell(session: Session) -> None:
                         session.execute(insert(order).values(product="cake"))
                         session.add(order(product="cake" if fails else "tea"))
-                        cancel = lambda *_: loop.call_soon_threadsafe(scope.cancel)  # noqa: E731
-                        event.listen(session, "before_flush", cancel, once=True)
-                        event.listen(session, "before_flush", lambda *_: time.sleep(0.02))
+                        event.listen(session, "before_flush", cancel)
 
                     async with storage.transaction():
                         await storage.run_sync(sell)

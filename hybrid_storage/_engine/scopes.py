@@ -75,7 +75,7 @@ class Scope:
         self.is_borrowed: bool = parent is None or parent.is_borrowed
         self._is_closed = asyncio.Event()
         self._was_cancelled = False
-        self._is_over = False  # for that reason, or because the server has rolled back
+        self._is_over = False  # for that reason, or because a nested block could not be undone
         self._nested: Scope | None = None
         self._meanwhile: list[Callable[[Session, Interrupter], object]] = []
         self._is_occupied = False

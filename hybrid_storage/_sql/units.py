@@ -149,7 +149,7 @@ class Units:
             if change.found is not None:
                 change.rebase(found[change.row])
             elif nests and not change.now.is_empty:
-                if self._is_inserted(connection, change):
+                if self._insert_unless_there(connection, change):
                     continue
                 now = self._read(connection, self._select_locked, [change.row])
                 change.rebase(now[change.row])
@@ -161,8 +161,8 @@ class Units:
         if changes and all(change.found is None for change in changes):
             self._rows.lookups.sweep(connection, changes[0].columns)
 
-    def _is_inserted(self, connection: Connection, change: ChangedRow) -> bool:
-        """Insert a row unless one is there, and tell which; the transaction goes on.
+    def _insert_unless_there(self, connection: Connection, change: ChangedRow) -> bool:
+        """Insert a row unless one is there, and tell whether it did; the transaction goes on.
 
         At REPEATABLE READ, PostgreSQL reports a row that the transaction does not see as what it
         is, a serialization failure, and not as a duplicate key.
